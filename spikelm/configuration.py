@@ -1,0 +1,273 @@
+"""SpikeLMConfig: one configuration for every decoder that is built from a list of token mixers and channel mixers.
+
+Fields shared by all blocks are flat; a block's own fields carry its prefix (`attention_`, `ffn_`, `gla_`, `spike_`)
+and are checked only where that block is used. Every field of a block is one value for all layers or a list with one
+value per layer; `config.at("attention_window", 3)` reads it for a layer.
+"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+NORMS = ("rmsnorm", "rmsnorm_1p", "layernorm", "identity")
+ROPES = ("global", "local", "none")
+SITES = ("qkv", "o", "gate_up", "down")
+CODES = ("binary", "ternary", "bitwise", "twos_complement")
+THRESHOLDS = ("token", "calibrated", "learned")
+FEATURE_MAPS = ("relu", "sigmoid", "softplus")
+FFNS = ("gated",)
+MIXERS = ("attention", "swa", "gla")
+
+# What transformers calls a layer that holds these mixers; its vocabulary is closed.
+_LAYER_TYPES = {
+    frozenset({"attention"}): "full_attention",
+    frozenset({"swa"}): "sliding_attention",
+    frozenset({"gla"}): "linear_attention",
+    frozenset({"gla", "attention"}): "hybrid",
+    frozenset({"gla", "swa"}): "hybrid_sliding",
+}
+
+
+def _choice(field: str, value: Any, allowed: tuple[str, ...], where: str = "") -> None:
+    if value not in allowed:
+        raise ValueError(f"{field}{where} must be one of {', '.join(allowed)}; got {value!r}.")
+
+
+def _positive(field: str, value: Any, where: str = "") -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{field}{where} must be a positive number; got {value!r}.")
+
+
+@strict
+class SpikeLMConfig(PreTrainedConfig):
+    """Configuration of a spikelm decoder.
+
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
+            head_dim, hidden_act, max_position_embeddings, initializer_range, tie_word_embeddings: as in Llama.
+            `num_key_value_heads` defaults to the query heads, `head_dim` to `hidden_size // num_attention_heads`.
+        mixers: the token mixer of every layer: `attention` (full), `swa` (sliding window), `gla` (gated linear
+            attention), or two side by side as `gla+swa`. One name stands for all layers.
+        ffns: the channel mixer of every layer: `gated` (SwiGLU, GeGLU: decided by `hidden_act`).
+        pre_norm, post_norm: norm before and after mixer and ffn (`rmsnorm`, `rmsnorm_1p` with weight 1 + w,
+            `layernorm`, `identity`); per layer if a list. `final_norm`: before the head.
+        norm_eps: epsilon of all norms. residual: whether a block adds to its input.
+        embedding_scale: factor on the token embeddings. logit_softcap: `c * tanh(logits / c)` if given.
+        rope_parameters: the "global" RoPE, in transformers' form; `local_rope_parameters`: a second one.
+        attention_rope: which RoPE the softmax branch of a layer uses: `global`, `local`, `none`.
+        attention_window: width w of `swa`: a query sees w keys, itself included.
+        attention_window_off_by_one: parity with SpikingBrain's release: passes over several tokens see w + 1 keys,
+            single-token steps w.
+        attention_sinks: the first tokens of a text that every window keeps seeing.
+        attention_bias, attention_output_bias: biases of q, k, v and of o. attention_dropout: on attention weights.
+        attention_qk_norm: `none`, `head` (one norm over each head), `full` (one norm across all heads).
+        attention_scale: factor on q k^T, default `head_dim ** -0.5`. attention_softcap: cap on the scores.
+        parallel_shared_projections: whether `a+b` layers share one set of q, k, v, o projections.
+        ffn_bias: biases of the gated ffn.
+        gla_feature_map: `relu`, `sigmoid` or `softplus` on q and k.
+        gla_gate: `low_rank` (learned, log-sigmoid) or `tied` (decay 1 - k; needs the sigmoid map).
+        gla_gate_rank, gla_gate_normalizer, gla_gate_bias: rank of the gate, divisor of its log-decay, initial bias
+            of its logit (0 as published: a half-life of 16 tokens).
+        spike_sites: which activations are spike-coded: any of `qkv`, `o`, `gate_up`, `down`; one list for all layers
+            or a list of lists.
+        spike_k: counts per mean magnitude: threshold V = mean|x| / k (SpikingBrain, section 2.1: k = 3).
+        spike_dead_zone: |x| below this share of the mean magnitude is silent.
+        spike_dead_zone_per_channel: whether a site holds one dead zone for each channel or one for all.
+        spike_threshold: `token` (mean|x| of each token), `calibrated` (a stored mean per layer and site),
+            `learned` (the same, trained).
+        spike_magnitude: initial mean magnitude for `calibrated` and `learned`, in units of the activation.
+        spike_code: how counts become trains: `binary`, `ternary`, `bitwise`, `twos_complement`.
+        spike_max_count: counts are clipped to this magnitude; None: never.
+
+    Raises:
+        ValueError: a field out of its range, with what was expected.
+    """
+
+    model_type = "spikelm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.mixer.q_proj": "colwise",
+        "layers.*.mixer.k_proj": "colwise",
+        "layers.*.mixer.v_proj": "colwise",
+        "layers.*.mixer.o_proj": "rowwise",
+        "layers.*.ffn.gate_proj": "colwise",
+        "layers.*.ffn.up_proj": "colwise",
+        "layers.*.ffn.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 576
+    intermediate_size: int | list[int] = 1536
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 9
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float | int = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    mixers: str | list[str] = "attention"
+    ffns: str | list[str] = "gated"
+    layer_types: list[str] | None = None
+    pre_norm: str | list[str] = "rmsnorm"
+    post_norm: str | list[str] = "identity"
+    final_norm: str = "rmsnorm"
+    norm_eps: float | int = 1e-6
+    residual: bool | list[bool] = True
+    embedding_scale: float | int = 1.0
+    logit_softcap: float | int | None = None
+
+    rope_parameters: dict | None = None
+    local_rope_parameters: dict | None = None
+    attention_rope: str | list[str] = "global"
+    attention_window: int | list[int | None] | None = None
+    attention_window_off_by_one: bool = False
+    attention_sinks: int | list[int] = 0
+    attention_bias: bool | list[bool] = False
+    attention_output_bias: bool | list[bool] = False
+    attention_dropout: float | int = 0.0
+    attention_qk_norm: str | list[str] = "none"
+    attention_scale: float | int | None = None
+    attention_softcap: float | int | None = None
+    parallel_shared_projections: bool | list[bool] = True
+
+    ffn_bias: bool | list[bool] = False
+
+    gla_feature_map: str | list[str] = "relu"
+    gla_gate: str | list[str] = "low_rank"
+    gla_gate_rank: int | list[int] = 16
+    gla_gate_normalizer: float | int = 16
+    gla_gate_bias: float | int | list[float | int] = 0.0
+
+    spike_sites: list[str] | list[list[str]] | None = None
+    spike_k: float | int | list[float | int] = 3.0
+    spike_dead_zone: float | int | list[float | int] = 0.0
+    spike_dead_zone_per_channel: bool = False
+    spike_threshold: str = "token"
+    spike_magnitude: float | int = 1.0
+    spike_code: str = "bitwise"
+    spike_max_count: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if isinstance(self.mixers, str):
+            self.mixers = [self.mixers] * self.num_hidden_layers
+        if isinstance(self.ffns, str):
+            self.ffns = [self.ffns] * self.num_hidden_layers
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+        # Unknown names are left for `validate_architecture`, which can say what is known.
+        self.layer_types = [
+            _LAYER_TYPES.get(frozenset(mixer.split("+")), "full_attention") for mixer in self.mixers
+        ]
+        super().__post_init__(**kwargs)
+
+    def at(self, field: str, layer_idx: int) -> Any:
+        """The value of `field` in layer `layer_idx`: the field itself, or its entry if it is a list per layer."""
+        value = getattr(self, field)
+        return value[layer_idx] if isinstance(value, list) else value
+
+    def sites_at(self, layer_idx: int) -> tuple[str, ...]:
+        """The spike sites of layer `layer_idx`."""
+        sites = self.spike_sites or []
+        if sites and isinstance(sites[0], list):
+            return tuple(sites[layer_idx])
+        return tuple(sites)
+
+    @property
+    def is_spiking(self) -> bool:
+        """Whether any layer has a spike site."""
+        return any(self.sites_at(i) for i in range(self.num_hidden_layers))
+
+    def validate_architecture(self) -> None:
+        """Check what one field's type cannot: sizes against each other, names, lengths of per-layer lists."""
+        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
+            _positive(field, getattr(self, field))
+        _positive("num_key_value_heads", self.num_key_value_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
+        for field in _PER_LAYER:
+            value = getattr(self, field)
+            if isinstance(value, list) and len(value) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{field} has {len(value)} entries for {self.num_hidden_layers} layers; give one value or one "
+                    "per layer."
+                )
+        _choice("final_norm", self.final_norm, NORMS)
+        for i in range(self.num_hidden_layers):
+            self._validate_layer(i, f" of layer {i}")
+        self._validate_spikes()
+
+    def _validate_layer(self, i: int, where: str) -> None:
+        mixers = self.mixers[i].split("+")
+        for name in mixers:
+            _choice("mixers", name, MIXERS, where)
+        if len(mixers) > 2 or len(set(mixers)) != len(mixers):
+            raise ValueError(f"mixers{where} must name one mixer or two different ones; got {self.mixers[i]!r}.")
+        if frozenset(mixers) not in _LAYER_TYPES:
+            raise ValueError(f"mixers{where}: {self.mixers[i]!r} cannot stand side by side; use e.g. 'gla+swa'.")
+        _choice("ffns", self.ffns[i], FFNS, where)
+        _choice("pre_norm", self.at("pre_norm", i), NORMS, where)
+        _choice("post_norm", self.at("post_norm", i), NORMS, where)
+        _choice("attention_qk_norm", self.at("attention_qk_norm", i), ("none", "head", "full"), where)
+        _positive("intermediate_size", self.at("intermediate_size", i), where)
+        if {"attention", "swa"} & set(mixers):
+            rope = self.at("attention_rope", i)
+            _choice("attention_rope", rope, ROPES, where)
+            if rope == "local" and not self.local_rope_parameters:
+                raise ValueError(f"attention_rope{where} is 'local', but local_rope_parameters is not given.")
+        if "swa" in mixers:
+            window = self.at("attention_window", i)
+            if not isinstance(window, int) or window < 1:
+                raise ValueError(f"attention_window{where} must be at least 1 for 'swa'; got {window!r}.")
+            if self.at("attention_sinks", i) < 0:
+                raise ValueError(f"attention_sinks{where} must not be negative.")
+        if "gla" in mixers:
+            _choice("gla_feature_map", self.at("gla_feature_map", i), FEATURE_MAPS, where)
+            _choice("gla_gate", self.at("gla_gate", i), ("low_rank", "tied"), where)
+            _positive("gla_gate_normalizer", self.gla_gate_normalizer)
+            if self.at("gla_gate", i) == "tied" and self.at("gla_feature_map", i) != "sigmoid":
+                raise ValueError(
+                    f"gla_gate{where} is 'tied' (decay 1 - k), which needs k in (0, 1): set gla_feature_map to "
+                    f"'sigmoid'; got {self.at('gla_feature_map', i)!r}."
+                )
+
+    def _validate_spikes(self) -> None:
+        sites = self.spike_sites or []
+        nested = [isinstance(s, list) for s in sites]
+        if any(nested):
+            if not all(nested) or len(sites) != self.num_hidden_layers:
+                raise ValueError(
+                    "spike_sites must be one list of sites, or one list per layer "
+                    f"({self.num_hidden_layers} lists); got {len(sites)} entries."
+                )
+        for i in range(self.num_hidden_layers):
+            for site in self.sites_at(i):
+                _choice("spike_sites", site, SITES, f" of layer {i}")
+            _positive("spike_k", self.at("spike_k", i), f" of layer {i}")
+            if self.at("spike_dead_zone", i) < 0:
+                raise ValueError(f"spike_dead_zone of layer {i} must not be negative.")
+        _choice("spike_threshold", self.spike_threshold, THRESHOLDS)
+        _choice("spike_code", self.spike_code, CODES)
+        _positive("spike_magnitude", self.spike_magnitude)
+        if self.spike_max_count is not None:
+            _positive("spike_max_count", self.spike_max_count)
+
+
+_PER_LAYER = (
+    "intermediate_size", "mixers", "ffns", "pre_norm", "post_norm", "residual", "attention_rope", "attention_window",
+    "attention_sinks", "attention_bias", "attention_output_bias", "attention_qk_norm", "parallel_shared_projections",
+    "ffn_bias", "gla_feature_map", "gla_gate", "gla_gate_rank", "gla_gate_bias", "spike_k", "spike_dead_zone",
+)  # fmt: skip

@@ -1,0 +1,83 @@
+"""Gated linear attention as in SpikingBrain-7B (section 1.2), on heads.
+
+    S_t = diag(g_t) S_{t-1} + phi(k_t)^T v_t,   o_t = norm(D^-0.5 phi(q_t) S_t)
+
+with a non-negative feature map phi, no rotation, and per-channel gates g_t: learned through a low-rank map of the
+layer's input, log g = logsigmoid(W_1 W_0 x + b) / 16, or tied to the keys, g = 1 - phi(k) (SpikingBrain-76B).
+
+State: `recurrent` `[B, Hkv, D, D]`, float32 or better.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spikelm.cache import Stateful, StateSpec
+from spikelm.kernels.gla import gla, gla_step
+from spikelm.norms import make_norm
+
+if TYPE_CHECKING:
+    from spikelm.configuration import SpikeLMConfig
+    from spikelm.context import ForwardContext
+
+_FEATURE_MAPS = {"relu": F.relu, "sigmoid": torch.sigmoid, "softplus": F.softplus}
+
+
+class GatedLinearCore(Stateful, nn.Module):
+    """Gated linear attention on heads, with its gate and its per-head output norm."""
+
+    normalises = True
+
+    def __init__(self, config: "SpikeLMConfig", layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.heads, self.head_dim = config.num_key_value_heads, config.head_dim
+        self.feature_map = _FEATURE_MAPS[config.at("gla_feature_map", layer_idx)]
+        self.normalizer = config.gla_gate_normalizer
+        self.tied = config.at("gla_gate", layer_idx) == "tied"
+        if not self.tied:
+            rank, width = config.at("gla_gate_rank", layer_idx), self.heads * self.head_dim
+            self.gate = LowRankGate(config.hidden_size, rank, width, config.at("gla_gate_bias", layer_idx))
+        self.norm = make_norm("rmsnorm", self.head_dim, config.norm_eps)
+
+    def state_specs(self) -> dict[str, StateSpec]:
+        """The matrix of every key-value head; the query heads of a group share it."""
+        return {"recurrent": StateSpec((self.heads, self.head_dim, self.head_dim), torch.float32)}
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: "ForwardContext"
+    ) -> tuple[Tensor, None]:
+        """q `[B, T, H, D]`, k, v `[B, T, Hkv, D]`, x `[B, T, hidden]` -> heads `[B, T, H, D]`, None."""
+        log_decay = self._log_decay(k, x)
+        q, k = self.feature_map(q), self.feature_map(k)
+        if context.valid is not None:
+            keep = context.valid[:, :, None, None]
+            k, log_decay = k * keep, log_decay * keep
+        if context.boundary is not None:
+            log_decay = log_decay.masked_fill(context.boundary[:, :, None, None], float("-inf"))
+        state = self.read_state(context, "recurrent")
+        if q.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
+            out, state = gla_step(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], state)
+            out = out[:, None]
+        else:
+            out, state = gla(q, k, v, log_decay, initial_state=state)
+        self.write_state(context, "recurrent", state)
+        return self.norm(out), None
+
+    def _log_decay(self, k: Tensor, x: Tensor) -> Tensor:
+        """log g `[B, T, Hkv, D]` in float32 or better, from the raw keys or from the layer's input."""
+        wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+        if self.tied:
+            return F.logsigmoid(-k.to(wide))  # log(1 - sigmoid(k)) without cancellation
+        logits = self.gate(x).unflatten(-1, (self.heads, self.head_dim))
+        return F.logsigmoid(logits.to(wide)) / self.normalizer
+
+
+class LowRankGate(nn.Sequential):
+    """Gate logits W_1 W_0 x + b: `[B, T, hidden]` -> `[B, T, width]`."""
+
+    def __init__(self, hidden: int, rank: int, width: int, bias: float):
+        super().__init__(nn.Linear(hidden, rank, bias=False), nn.Linear(rank, width))
+        self.initial_bias = float(bias)

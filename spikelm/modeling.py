@@ -1,0 +1,277 @@
+"""One decoder for every block: embeddings, layers of (mixer, ffn), a final norm, a head.
+
+    x = x + post(mixer(pre(x)));  x = x + post(ffn(pre(x)))
+
+Which mixer, which ffn, which norms, residual or not: the configuration says so for each layer.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from spikelm.cache import SpikeCache, Stateful
+from spikelm.configuration import SpikeLMConfig
+from spikelm.context import ForwardContext
+from spikelm.ffns import FFNS
+from spikelm.mixers import make_mixer
+from spikelm.mixers.attention import SoftmaxCore
+from spikelm.mixers.gla import LowRankGate
+from spikelm.norms import OnePlusNorm, make_norm
+from spikelm.rotary import RotaryEmbedding, make_rotaries
+from spikelm.spiking.site import SpikeSite
+
+
+class SpikeLMDecoderLayer(GradientCheckpointingLayer):
+    """One mixer and one ffn, each between its norms: `[B, T, hidden]` -> `[B, T, hidden]`."""
+
+    def __init__(self, config: SpikeLMConfig, layer_idx: int):
+        super().__init__()
+
+        def norm(field: str) -> nn.Module:
+            return make_norm(config.at(field, layer_idx), config.hidden_size, config.norm_eps)
+
+        self.residual = config.at("residual", layer_idx)
+        self.mixer_norm, self.mixer_post_norm = norm("pre_norm"), norm("post_norm")
+        self.mixer = make_mixer(config, layer_idx)
+        self.ffn_norm, self.ffn_post_norm = norm("pre_norm"), norm("post_norm")
+        self.ffn = FFNS[config.ffns[layer_idx]](config, layer_idx)
+        for name, module in self.named_modules():
+            if isinstance(module, Stateful):
+                module.state_path = name
+
+    def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
+        """Mix tokens, then channels."""
+        mixed = self.mixer_post_norm(self.mixer(self.mixer_norm(hidden_states), context))
+        x = hidden_states + mixed if self.residual else mixed
+        fed = self.ffn_post_norm(self.ffn(self.ffn_norm(x), context))
+        return x + fed if self.residual else fed
+
+
+class SpikeLMPreTrainedModel(PreTrainedModel):
+    """What all spikelm models share: initial values, what may be split, what stays in float32."""
+
+    config: SpikeLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SpikeLMDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = {"qkv_site", "o_site", "gate_up_site", "down_site"}
+    _supports_sdpa = True
+    _is_stateful = True
+    _can_record_outputs = {
+        "hidden_states": SpikeLMDecoderLayer,
+        "attentions": OutputRecorder(SoftmaxCore, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # `init` leaves tensors alone that a checkpoint has filled; writing in place would not.
+        if isinstance(module, SpikeSite):
+            for parameter, value in module.initial_values():
+                init.constant_(parameter, value)
+        elif isinstance(module, OnePlusNorm):
+            init.zeros_(module.weight)
+        elif isinstance(module, RotaryEmbedding):
+            compute = module.compute_default_rope_parameters
+            if module.rope_type != "default":
+                super()._init_weights(module)
+                return
+            frequencies, _ = compute(module.config)
+            init.copy_(module.inv_freq, frequencies)
+            init.copy_(module.original_inv_freq, frequencies)
+        else:
+            super()._init_weights(module)
+            if isinstance(module, LowRankGate):
+                # Its children come first: their general initialisation is replaced here (SpikingBrain 1.2).
+                for linear in module:
+                    init.xavier_uniform_(linear.weight, gain=2**-2.5)
+                init.constant_(module[1].bias, module.initial_bias)
+
+
+class SpikeLMModel(SpikeLMPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(SpikeLMDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = make_norm(config.final_norm, config.hidden_size, config.norm_eps)
+        self.rotary = nn.ModuleDict(make_rotaries(config))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SpikeCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: `[B, T]` int64; or `inputs_embeds` `[B, T, hidden]`.
+            attention_mask: `[B, T]` or `[B, past + T]`, 0 for padding (left, right or in between).
+            position_ids: `[B, T]` int64; a position that does not grow starts a new document.
+            past_key_values: a `SpikeCache` with the states of the text so far.
+            use_cache: whether to return a cache.
+            cu_seqlens: `[N + 1]` int, starts of the documents packed into a batch of one row, and its end.
+
+        Raises:
+            ValueError: not exactly one kind of input, a foreign cache, a mask or boundaries that do not fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the dtype of the embeddings first, as the sources do.
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
+        if use_cache and self.gradient_checkpointing and self.training:
+            use_cache = False
+        cache = _checked_cache(past_key_values)
+        if cache is None and use_cache:
+            cache = SpikeCache(self.config)
+
+        if cu_seqlens is None:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+        restarts = None if cu_seqlens is None else _restarts(cu_seqlens, x)
+        if position_ids is None:
+            position_ids = _positions(x, attention_mask, cache, restarts)
+        position_ids = position_ids.expand(x.shape[0], -1)
+        context = ForwardContext.build(position_ids, attention_mask, cache, restarts)
+        context.rope = {name: rotary(x, position_ids) for name, rotary in self.rotary.items()}
+        for layer in self.layers:
+            x = layer(x, context=context)
+        context.finish(position_ids)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache if use_cache else None)
+
+
+class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: SpikeLMConfig):
+        super().__init__(config)
+        self.model = SpikeLMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SpikeCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` (-100: ignored) are given.
+
+        See `SpikeLMModel.forward` for the other arguments. `logits_to_keep`: only for the last n tokens, or for
+        the given indices.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        # transformers' own caches hold keys and values only, or forget recurrent states without an error.
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is not available for spikelm "
+                "models: their states live in a SpikeCache. Leave cache_implementation unset."
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = SpikeCache(self.config)
+
+
+class SpikeLMForSequenceClassification(GenericForSequenceClassification, SpikeLMPreTrainedModel):
+    """The decoder with a classification head on the last real token."""
+
+
+class SpikeLMForTokenClassification(GenericForTokenClassification, SpikeLMPreTrainedModel):
+    """The decoder with a classification head on every token."""
+
+
+def _checked_cache(cache: Any) -> SpikeCache | None:
+    if cache is None or isinstance(cache, SpikeCache):
+        return cache
+    raise ValueError(
+        f"past_key_values must be a SpikeCache, got {type(cache).__name__}: a spikelm model carries recurrent states "
+        "too. Use the cache that the model returned, or SpikeCache(model.config)."
+    )
+
+
+def _restarts(cu_seqlens: Tensor, x: Tensor) -> Tensor:
+    """`[1, T]` bool, True at the first token of every packed document but the first of the row."""
+    if x.shape[0] != 1 or int(cu_seqlens[-1]) != x.shape[1]:
+        raise ValueError(
+            f"cu_seqlens packs documents into one row: expected a batch of 1 with {int(cu_seqlens[-1])} tokens, got "
+            f"{tuple(x.shape[:2])}."
+        )
+    restarts = torch.zeros(1, x.shape[1] + 1, dtype=torch.bool, device=x.device)
+    restarts[0, cu_seqlens.long()] = True
+    restarts[0, 0] = False
+    return restarts[:, :-1]
+
+
+def _positions(x: Tensor, attention_mask: Tensor | None, cache: SpikeCache | None, restarts: Tensor | None) -> Tensor:
+    """`[B, T]`: positions in the document, going on where the cache stopped; padding takes none."""
+    batch, length = x.shape[:2]
+    real = torch.ones(batch, length, dtype=torch.int64, device=x.device)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        real = attention_mask[:, -length:].long()
+    positions = real.cumsum(1) - 1
+    if restarts is not None:
+        positions = positions - torch.where(restarts, positions, 0).cummax(1).values
+    elif cache is not None and "position" in cache.shared.states:
+        positions = positions + cache.shared.states["position"][:, None] + 1
+    return positions.clamp_min(0)

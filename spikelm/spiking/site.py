@@ -1,0 +1,169 @@
+"""Spike sites: one activation, coded once, in front of the plain linears that read it.
+
+    m   = mean(|x|) over the channels of a token, or a stored mean           (adaptive threshold, SpikingBrain 2.1)
+    V   = m / k
+    s   = round(x / V), and 0 where |x| < dead_zone * m                       integer spike counts
+    out = s * V                                                              what the linears read
+
+`dead_zone`, `k` and `magnitude` are float32 tensors of the checkpoint whatever the dtype of the model, so that a
+bfloat16 model fires like its float32 twin on the same activations.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from spikelm.kernels.spike_encode import spike_encode, spike_quantize
+
+if TYPE_CHECKING:
+    from spikelm.configuration import SpikeLMConfig
+    from spikelm.context import ForwardContext
+
+Observer = Callable[["SpikeSite", Tensor, Tensor, "ForwardContext | None"], None]
+
+
+class SpikeSite(nn.Module):
+    """Codes `[..., width]` into integer counts and a threshold, and hands on their product.
+
+    Attributes:
+        k: `[1]`, counts per mean magnitude.
+        dead_zone: `[1]` or `[width]`, in units of the mean magnitude.
+        magnitude: `[1]`, the stored mean magnitude in units of x; only if `spike_threshold` is not "token".
+        observer: called with (site, counts, threshold, context) at every pass; see `SpikeStatistics`.
+        substitute: if set, called instead of the code: x -> what the linears read; for controls.
+    """
+
+    def __init__(self, config: "SpikeLMConfig", layer_idx: int, name: str, width: int):
+        super().__init__()
+        self.layer_idx, self.name, self.width = layer_idx, name, width
+        self.max_count = config.spike_max_count
+        self.rectify = config.spike_code == "binary"
+        self.initial = {
+            "k": float(config.at("spike_k", layer_idx)),
+            "dead_zone": float(config.at("spike_dead_zone", layer_idx)),
+            "magnitude": float(config.spike_magnitude),
+        }
+        zones = width if config.spike_dead_zone_per_channel else 1
+        self.k = _fixed(1)
+        self.dead_zone = _fixed(zones)
+        self.magnitude: nn.Parameter | None = None
+        if config.spike_threshold != "token":
+            self.magnitude = nn.Parameter(torch.empty(1), requires_grad=config.spike_threshold == "learned")
+        self.observer: Observer | None = None
+        self.substitute: Callable[[Tensor], Tensor] | None = None
+        for parameter, value in self.initial_values():
+            nn.init.constant_(parameter, value)
+
+    def initial_values(self) -> list[tuple[nn.Parameter, float]]:
+        """Every tensor of the site with the value that it has where a checkpoint says nothing."""
+        return [(parameter, self.initial[name]) for name, parameter in self.named_parameters(recurse=False)]
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts `[..., width]` (integers, as float32 or float64) and threshold `[..., 1]`; no gradient."""
+        if self.rectify:
+            x = x.relu()
+        return spike_encode(
+            x, self.k, dead_zone=self.dead_zone, magnitude=self.magnitude, max_count=self.max_count
+        )
+
+    def forward(self, x: Tensor, context: "ForwardContext | None" = None) -> Tensor:
+        """`[..., width]` -> counts times threshold, same shape and dtype; straight-through gradient."""
+        if self.substitute is not None:
+            return self.substitute(x)
+        if torch.is_grad_enabled() and (x.requires_grad or self._learns()):
+            if self.observer is not None:
+                with torch.no_grad():
+                    self.observer(self, *self.encode(x), context)
+            if self.rectify:
+                x = x.relu()
+            return spike_quantize(
+                x, self.k, dead_zone=self.dead_zone, magnitude=self.magnitude, max_count=self.max_count
+            )
+        counts, threshold = self.encode(x)
+        if self.observer is not None:
+            self.observer(self, counts, threshold, context)
+        return (counts * threshold).to(x.dtype)
+
+    def _learns(self) -> bool:
+        return self.magnitude is not None and self.magnitude.requires_grad
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SpikeSite":
+        """Follow `model.to(...)` to another device, but stay in float32."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype or moved.is_meta else t.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        """Name, width, and how thresholds are found."""
+        mode = "token" if self.magnitude is None else "stored"
+        return f"{self.name}, width={self.width}, threshold={mode}, dead_zones={self.dead_zone.numel()}"
+
+
+class NoSite(nn.Module):
+    """Stands where an activation is not spike-coded: hands it on unchanged."""
+
+    def forward(self, x: Tensor, context: "ForwardContext | None" = None) -> Tensor:
+        """`[..., width]` -> itself."""
+        return x
+
+
+def make_site(config: "SpikeLMConfig", layer_idx: int, name: str, width: int) -> nn.Module:
+    """The site `name` of a layer: a `SpikeSite` if the configuration lists it, else a `NoSite`."""
+    if name in config.sites_at(layer_idx):
+        return SpikeSite(config, layer_idx, name, width)
+    return NoSite()
+
+
+@dataclass(frozen=True)
+class SpikeGroup:
+    """A site and the linears that read it: what an event-driven runtime replaces as one.
+
+    Attributes:
+        path: the site's full name in the model, e.g. `model.layers.0.mixer.qkv_site`.
+        site: the site. layer_idx, name: where it stands and what it codes.
+        readers: name -> linear, in the order of the computation.
+    """
+
+    path: str
+    site: SpikeSite
+    readers: dict[str, nn.Linear]
+
+    @property
+    def layer_idx(self) -> int:
+        """Index of the decoder layer."""
+        return self.site.layer_idx
+
+    @property
+    def name(self) -> str:
+        """`qkv`, `o`, `gate_up` or `down`."""
+        return self.site.name
+
+    @property
+    def fan_out(self) -> int:
+        """Weights that one input channel is multiplied with."""
+        return sum(linear.out_features for linear in self.readers.values())
+
+
+def spike_groups(model: nn.Module) -> Iterator[SpikeGroup]:
+    """All spike sites of a model with their readers, in layer order.
+
+    A module that owns sites says which linears read them: `site_readers = {"o_site": ("o_proj",)}`, names relative
+    to itself (dots allowed).
+    """
+    for path, module in model.named_modules():
+        for site_name, readers in getattr(module, "site_readers", {}).items():
+            site = getattr(module, site_name)
+            if isinstance(site, SpikeSite):
+                linears = {name: module.get_submodule(name) for name in readers}
+                yield SpikeGroup(f"{path}.{site_name}", site, linears)  # type: ignore[arg-type]
+
+
+def _fixed(size: int) -> nn.Parameter:
+    # Parameters, not buffers: transformers initialises missing ones on every supported version.
+    return nn.Parameter(torch.empty(size, dtype=torch.float32), requires_grad=False)
