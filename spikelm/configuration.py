@@ -166,9 +166,7 @@ class SpikeLMConfig(PreTrainedConfig):
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
         # Unknown names are left for `validate_architecture`, which can say what is known.
-        self.layer_types = [
-            _LAYER_TYPES.get(frozenset(mixer.split("+")), "full_attention") for mixer in self.mixers
-        ]
+        self.layer_types = [_LAYER_TYPES.get(frozenset(mixer.split("+")), "full_attention") for mixer in self.mixers]
         super().__post_init__(**kwargs)
 
     def at(self, field: str, layer_idx: int) -> Any:

@@ -92,7 +92,9 @@ class ForwardContext:
             new[:, 1:] = _not_growing(position_ids, valid)
             if "position" in before:
                 last = before["position"]
-                first = position_ids if valid is None else position_ids.masked_fill(~valid, torch.iinfo(torch.int64).max)
+                first = (
+                    position_ids if valid is None else position_ids.masked_fill(~valid, torch.iinfo(torch.int64).max)
+                )
                 index = torch.zeros_like(last) if valid is None else valid.int().argmax(1)
                 restarted = first.gather(1, index[:, None])[:, 0] <= last
                 new.scatter_(1, index[:, None], (restarted & (tokens > 0))[:, None])
@@ -193,9 +195,7 @@ def _padding(attention_mask: Tensor | None, batch: int, length: int) -> Tensor |
             "For packed documents give restarting position_ids or cu_seqlens."
         )
     if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-        raise ValueError(
-            f"attention_mask must cover the {batch} x {length} tokens; got {tuple(attention_mask.shape)}."
-        )
+        raise ValueError(f"attention_mask must cover the {batch} x {length} tokens; got {tuple(attention_mask.shape)}.")
     valid = attention_mask[:, -length:].bool()
     return valid if torch.compiler.is_compiling() or not bool(valid.all()) else None
 

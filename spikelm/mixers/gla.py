@@ -46,9 +46,7 @@ class GatedLinearCore(Stateful, nn.Module):
         """The matrix of every key-value head; the query heads of a group share it."""
         return {"recurrent": StateSpec((self.heads, self.head_dim, self.head_dim), torch.float32)}
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: "ForwardContext"
-    ) -> tuple[Tensor, None]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: "ForwardContext") -> tuple[Tensor, None]:
         """q `[B, T, H, D]`, k, v `[B, T, Hkv, D]`, x `[B, T, hidden]` -> heads `[B, T, H, D]`, None."""
         log_decay = self._log_decay(k, x)
         q, k = self.feature_map(q), self.feature_map(k)

@@ -32,7 +32,7 @@ class SpikeSite(nn.Module):
         k: `[1]`, counts per mean magnitude.
         dead_zone: `[1]` or `[width]`, in units of the mean magnitude.
         magnitude: `[1]`, the stored mean magnitude in units of x; only if `spike_threshold` is not "token".
-        observer: called with (site, counts, threshold, context) at every pass; see `SpikeStatistics`.
+        observers: called with (site, counts, threshold, context) at every pass; see `SpikeStatistics`.
         substitute: if set, called instead of the code: x -> what the linears read; for controls.
     """
 
@@ -51,8 +51,10 @@ class SpikeSite(nn.Module):
         self.dead_zone = _fixed(zones)
         self.magnitude: nn.Parameter | None = None
         if config.spike_threshold != "token":
-            self.magnitude = nn.Parameter(torch.empty(1), requires_grad=config.spike_threshold == "learned")
-        self.observer: Observer | None = None
+            self.magnitude = nn.Parameter(
+                torch.empty(1, dtype=torch.float32), requires_grad=config.spike_threshold == "learned"
+            )
+        self.observers: list[Observer] = []
         self.substitute: Callable[[Tensor], Tensor] | None = None
         for parameter, value in self.initial_values():
             nn.init.constant_(parameter, value)
@@ -65,27 +67,28 @@ class SpikeSite(nn.Module):
         """Counts `[..., width]` (integers, as float32 or float64) and threshold `[..., 1]`; no gradient."""
         if self.rectify:
             x = x.relu()
-        return spike_encode(
-            x, self.k, dead_zone=self.dead_zone, magnitude=self.magnitude, max_count=self.max_count
-        )
+        return spike_encode(x, self.k, dead_zone=self.dead_zone, magnitude=self.magnitude, max_count=self.max_count)
 
     def forward(self, x: Tensor, context: "ForwardContext | None" = None) -> Tensor:
         """`[..., width]` -> counts times threshold, same shape and dtype; straight-through gradient."""
         if self.substitute is not None:
             return self.substitute(x)
         if torch.is_grad_enabled() and (x.requires_grad or self._learns()):
-            if self.observer is not None:
+            if self.observers:
                 with torch.no_grad():
-                    self.observer(self, *self.encode(x), context)
+                    self._show(*self.encode(x), context)
             if self.rectify:
                 x = x.relu()
             return spike_quantize(
                 x, self.k, dead_zone=self.dead_zone, magnitude=self.magnitude, max_count=self.max_count
             )
         counts, threshold = self.encode(x)
-        if self.observer is not None:
-            self.observer(self, counts, threshold, context)
+        self._show(counts, threshold, context)
         return (counts * threshold).to(x.dtype)
+
+    def _show(self, counts: Tensor, threshold: Tensor, context: "ForwardContext | None") -> None:
+        for observer in self.observers:
+            observer(self, counts, threshold, context)
 
     def _learns(self) -> bool:
         return self.magnitude is not None and self.magnitude.requires_grad
