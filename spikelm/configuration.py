@@ -245,12 +245,11 @@ class SpikeLMConfig(PreTrainedConfig):
     def _validate_spikes(self) -> None:
         sites = self.spike_sites or []
         nested = [isinstance(s, list) for s in sites]
-        if any(nested):
-            if not all(nested) or len(sites) != self.num_hidden_layers:
-                raise ValueError(
-                    "spike_sites must be one list of sites, or one list per layer "
-                    f"({self.num_hidden_layers} lists); got {len(sites)} entries."
-                )
+        if any(nested) and (not all(nested) or len(sites) != self.num_hidden_layers):
+            raise ValueError(
+                "spike_sites must be one list of sites, or one list per layer "
+                f"({self.num_hidden_layers} lists); got {len(sites)} entries."
+            )
         for i in range(self.num_hidden_layers):
             for site in self.sites_at(i):
                 _choice("spike_sites", site, SITES, f" of layer {i}")

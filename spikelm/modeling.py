@@ -79,8 +79,8 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # `init` leaves tensors alone that a checkpoint has filled; writing in place would not.
         if isinstance(module, SpikeSite):
-            for parameter, value in module.initial_values():
-                init.constant_(parameter, value)
+            for tensor, value in module.initial_values():
+                init.constant_(tensor, value)
         elif isinstance(module, OnePlusNorm):
             init.zeros_(module.weight)
         elif isinstance(module, RotaryEmbedding):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """`w * x / sqrt(mean(x^2) + eps)` over the last dimension (Zhang & Sennrich 2019), computed in float32 or better."""
+    """`w x / sqrt(mean(x^2) + eps)` over the last dimension (Zhang & Sennrich 2019), in float32 or better."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()

@@ -47,21 +47,24 @@ class SpikeSite(nn.Module):
             "magnitude": float(config.spike_magnitude),
         }
         zones = width if config.spike_dead_zone_per_channel else 1
-        self.k = _fixed(1)
-        self.dead_zone = _fixed(zones)
-        self.magnitude: nn.Parameter | None = None
-        if config.spike_threshold != "token":
-            self.magnitude = nn.Parameter(
-                torch.empty(1, dtype=torch.float32), requires_grad=config.spike_threshold == "learned"
-            )
+        self.k: Tensor
+        self.dead_zone: Tensor
+        self.magnitude: Tensor | None = None
+        self.register_buffer("k", torch.empty(1, dtype=torch.float32))
+        self.register_buffer("dead_zone", torch.empty(zones, dtype=torch.float32))
+        if config.spike_threshold == "calibrated":
+            self.register_buffer("magnitude", torch.empty(1, dtype=torch.float32))
+        elif config.spike_threshold == "learned":
+            self.magnitude = nn.Parameter(torch.empty(1, dtype=torch.float32))
         self.observers: list[Observer] = []
         self.substitute: Callable[[Tensor], Tensor] | None = None
-        for parameter, value in self.initial_values():
-            nn.init.constant_(parameter, value)
+        for tensor, value in self.initial_values():
+            nn.init.constant_(tensor, value)
 
-    def initial_values(self) -> list[tuple[nn.Parameter, float]]:
+    def initial_values(self) -> list[tuple[Tensor, float]]:
         """Every tensor of the site with the value that it has where a checkpoint says nothing."""
-        return [(parameter, self.initial[name]) for name, parameter in self.named_parameters(recurse=False)]
+        tensors = {"k": self.k, "dead_zone": self.dead_zone, "magnitude": self.magnitude}
+        return [(tensor, self.initial[name]) for name, tensor in tensors.items() if tensor is not None]
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Counts `[..., width]` (integers, as float32 or float64) and threshold `[..., 1]`; no gradient."""
@@ -165,8 +168,3 @@ def spike_groups(model: nn.Module) -> Iterator[SpikeGroup]:
             if isinstance(site, SpikeSite):
                 linears = {name: module.get_submodule(name) for name in readers}
                 yield SpikeGroup(f"{path}.{site_name}", site, linears)  # type: ignore[arg-type]
-
-
-def _fixed(size: int) -> nn.Parameter:
-    # Parameters, not buffers: transformers initialises missing ones on every supported version.
-    return nn.Parameter(torch.empty(size, dtype=torch.float32), requires_grad=False)

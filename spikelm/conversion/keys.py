@@ -1,0 +1,147 @@
+"""Tensors of a source, renamed and split into tensors of ours, with every one of them accounted for."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from spikelm.configuration import SpikeLMConfig
+from spikelm.conversion.families import OUTER, Family
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+_LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+# Rotary tables that old checkpoints carry; they follow from the configuration.
+_DERIVED_KEY = re.compile(r"model(\.layers\.\d+\.self_attn)?\.rotary_emb\.(original_)?inv_freq")
+_SITE_PATHS = {
+    "qkv": "mixer.qkv_site",
+    "o": "mixer.o_site",
+    "gate_up": "ffn.gate_up_site",
+    "down": "ffn.down_site",
+}
+_SHOWN = 6
+
+
+def new_parameters(config: SpikeLMConfig) -> set[str]:
+    """Names of the parameters that a converted model has and no source fills, as declared here.
+
+    They are the tensors of its spike sites, the gates and output norms of gated linear attention, and the norms of
+    parallel branches.
+    """
+    site_tensors = ["k", "dead_zone"] + (["magnitude"] if config.spike_threshold != "token" else [])
+    names: set[str] = set()
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        names |= {f"{layer}.{_SITE_PATHS[site]}.{t}" for site in config.sites_at(i) for t in site_tensors}
+        mixers = config.mixers[i].split("+")
+        if "gla" in mixers:
+            tensors = ["norm.weight"]
+            if config.at("gla_gate", i) == "low_rank":
+                tensors += ["gate.0.weight", "gate.1.weight", "gate.1.bias"]
+            names |= {f"{layer}.mixer.gla.{t}" for t in tensors}
+        if len(mixers) > 1:
+            # The output of gated linear attention is normed in any case.
+            names |= {f"{layer}.mixer.branch_norms.{m}.weight" for m in mixers if m != "gla"}
+    return names
+
+
+def targets_of(family: Family, key: str) -> tuple[str, ...] | None:
+    """Our names for a source tensor, in the order of its rows; None if no table names it."""
+    module, _, kind = key.rpartition(".")
+    if module in OUTER and kind in ("weight", "bias"):
+        return (f"{OUTER[module]}.{kind}",)
+    if not (match := _LAYER_KEY.fullmatch(key)):
+        return None
+    index, module, kind = match.groups()
+    targets = family.layer.get(module)
+    if targets is None:
+        return None
+    modules = (targets,) if isinstance(targets, str) else targets
+    return tuple(f"model.layers.{index}.{module}.{kind}" for module in modules)
+
+
+def normalised(tensors: dict[str, Tensor], tied: bool) -> tuple[dict[str, Tensor], bool]:
+    """One spelling for what sources spell in several ways; returns the tensors and whether the head is tied.
+
+    A bare decoder's names get their prefix, rotary tables go, and of a head that equals the embeddings one copy
+    stays. A head that differs from the embeddings is kept apart, whatever the configuration says.
+    """
+    if "embed_tokens.weight" in tensors:
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not _DERIVED_KEY.fullmatch(name)}
+    if tied and HEAD in tensors:
+        if EMBEDDING not in tensors:
+            tensors[EMBEDDING] = tensors.pop(HEAD)
+        elif torch.equal(tensors[EMBEDDING], tensors[HEAD]):
+            del tensors[HEAD]
+        else:
+            tied = False
+    return tensors, tied
+
+
+def map_tensors(
+    family: Family, tensors: dict[str, Tensor], expected: Mapping[str, torch.Size], new: set[str]
+) -> dict[str, Tensor]:
+    """Rename and split the tensors of a source; `tensors` is emptied on the way, so that nothing is held twice.
+
+    Args:
+        family: the source's family.
+        tensors: name -> tensor of the source, as `normalised` returns them.
+        expected: name -> shape of every tensor of our model, without a tied head.
+        new: those of them that no source fills.
+
+    Returns:
+        Our name -> tensor, for all of `expected` but `new`.
+
+    Raises:
+        ValueError: a tensor that no table names, or one that is missing or has another shape; all of them are listed.
+    """
+    _refuse("tensors that a {} model does not have", family, [k for k in tensors if not targets_of(family, k)])
+    mapped: dict[str, Tensor] = {}
+    misfits = []
+    for key in list(tensors):
+        targets = targets_of(family, key) or ()
+        tensor = tensors.pop(key)
+        shapes = [expected.get(target) for target in targets]
+        if None in shapes:
+            misfits.append(key)
+            continue
+        rows = [shape[0] for shape in shapes]  # type: ignore[index]
+        fits = tensor.ndim == len(shapes[0]) and tensor.shape[1:] == shapes[0][1:] and tensor.shape[0] == sum(rows)  # type: ignore[arg-type, index]
+        if not fits:
+            wanted = " + ".join(str(list(shape)) for shape in shapes)  # type: ignore[arg-type]
+            raise ValueError(
+                f"Tensor {key} of the source has shape {list(tensor.shape)}; its configuration expects {wanted}. "
+                "The weights and config.json do not belong together: get the source again."
+            )
+        # A part of a fused tensor is copied, or it would keep the whole of it alive.
+        parts = [tensor] if len(targets) == 1 else [part.clone() for part in tensor.split(rows)]
+        mapped |= zip(targets, parts, strict=True)
+    _refuse("tensors that its configuration has no place for", family, misfits)
+    absent = sorted(set(expected) - new - set(mapped))
+    if absent:
+        raise ValueError(
+            f"The source lacks {len(absent)} of the tensors that a {family.name} model needs: {_listed(absent)}. "
+            "They would be random: get the complete source."
+        )
+    if strangers := sorted((set(mapped) & new) | (new - set(expected))):
+        raise ValueError(
+            f"The declared new parameters do not match the model: {_listed(strangers)}. This is a defect of the "
+            "converter's tables: please report it with the source's config.json."
+        )
+    return mapped
+
+
+def _refuse(what: str, family: Family, names: list[str]) -> None:
+    if names:
+        raise ValueError(
+            f"The source holds {len(names)} {what.format(family.name)}: {_listed(sorted(names))}. Expected the "
+            f"tensors of {family.architecture}; convert a checkpoint without adapters or extra heads."
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + rest
