@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spikelm.context import ForwardContext
 
 SLOTS = (3, 4)
+_LARGE = 2 ** max(SLOTS)  # counts from here on fit no train of fixed slots
 _SUMS = (
     "tokens",
     "silent",
@@ -77,17 +78,23 @@ class SpikeStatistics:
         if rows.shape[0] == 0:
             return
         sizes = rows.abs()
+        histogram = torch.bincount(sizes.clamp(max=_LARGE).to(torch.int32).flatten(), minlength=_LARGE + 1)
+        # Large counts are rare; they alone are looked at one by one.
+        large = sizes[sizes >= _LARGE]
+        small = torch.arange(_LARGE, device=rows.device)
+        bits = bit_spikes(small, "bitwise")
         new = {
             "tokens": rows.new_tensor(rows.shape[0]),
-            "silent": (rows == 0).sum(),
-            "unary": sizes.sum(dtype=torch.float64),
-            "bitwise": bit_spikes(rows, "bitwise").sum(),
+            "silent": histogram[0],
+            "unary": (histogram[:-1] * small).sum() + large.sum(dtype=torch.float64),
+            "bitwise": (histogram[:-1] * bits).sum() + bit_spikes(large, "bitwise").sum(),
         }
         for slots in SLOTS:
-            largest = 2**slots - 1
-            new[f"clipped_{slots}"] = (sizes > largest).sum()
-            shown = bit_spikes(sizes.clamp(max=largest), "bitwise").sum()
-            new[f"zero_slots_{slots}"] = slots * rows.numel() - shown
+            fits = 2**slots
+            clipped = histogram[fits:].sum()
+            # A clipped count fills all its slots.
+            new[f"clipped_{slots}"] = clipped
+            new[f"zero_slots_{slots}"] = slots * (rows.numel() - clipped) - (histogram[:fits] * bits[:fits]).sum()
         sums = self._sums.setdefault(site, {})
         for name, value in new.items():
             sums[name] = sums.get(name, 0) + value.double()
@@ -102,6 +109,8 @@ class SpikeStatistics:
             pairs = (seen if context.valid is None else seen & context.valid[:, :, None]).sum()
         else:
             past = context.cache.get_seq_length() if context.cache is not None else 0
+            if core.window is not None:
+                past = min(past, core.window - 1)  # older keys have left the cache
             pairs = torch.tensor(q.shape[0] * (length * past + length * (length + 1) // 2))
         self._attended.append(2 * pairs.double() * q.shape[2] * q.shape[3])
 
