@@ -75,12 +75,9 @@ class ForwardContext:
             attention_mask: `[B, T]` or `[B, past + T]`, 0 for padding; None: no padding.
             cache: the states of earlier passes.
             restarts: `[B, T]` bool from `cu_seqlens`; replaces what `position_ids` would say.
-
-        Raises:
-            ValueError: a mask that is not two-dimensional or too short.
         """
         batch, length = position_ids.shape
-        valid = _padding(attention_mask, batch, length)
+        valid = _padding(attention_mask, length)
         before = cache.shared.states if cache is not None else {}
         tokens = before.get("tokens", position_ids.new_zeros(batch))
         tracing = torch.compiler.is_compiling()
@@ -186,9 +183,10 @@ class ForwardContext:
         return torch.where(self.valid.any(1), last, known)  # type: ignore[union-attr]
 
 
-def _padding(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+def check_padding(attention_mask: Tensor | None, batch: int, length: int) -> None:
+    """Raise ValueError unless the mask is None or covers `[batch, length]` tokens, earlier ones allowed."""
     if attention_mask is None:
-        return None
+        return
     if attention_mask.ndim != 2:
         raise ValueError(
             f"attention_mask must be [batch, length] with 0 for padding; got {tuple(attention_mask.shape)}. "
@@ -196,6 +194,11 @@ def _padding(attention_mask: Tensor | None, batch: int, length: int) -> Tensor |
         )
     if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
         raise ValueError(f"attention_mask must cover the {batch} x {length} tokens; got {tuple(attention_mask.shape)}.")
+
+
+def _padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    if attention_mask is None:
+        return None
     valid = attention_mask[:, -length:].bool()
     return valid if torch.compiler.is_compiling() or not bool(valid.all()) else None
 

@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from spikelm.cache import SpikeCache, Stateful
 from spikelm.configuration import SpikeLMConfig
-from spikelm.context import ForwardContext
+from spikelm.context import ForwardContext, check_padding
 from spikelm.ffns import FFNS
 from spikelm.mixers import make_mixer
 from spikelm.mixers.attention import SoftmaxCore
@@ -147,6 +147,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
         if use_cache and self.gradient_checkpointing and self.training:
             use_cache = False
+        check_padding(attention_mask, x.shape[0], x.shape[1])
         cache = _checked_cache(past_key_values)
         if cache is None and use_cache:
             cache = SpikeCache(self.config)
@@ -267,7 +268,7 @@ def _positions(x: Tensor, attention_mask: Tensor | None, cache: SpikeCache | Non
     """`[B, T]`: positions in the document, going on where the cache stopped; padding takes none."""
     batch, length = x.shape[:2]
     real = torch.ones(batch, length, dtype=torch.int64, device=x.device)
-    if attention_mask is not None and attention_mask.ndim == 2:
+    if attention_mask is not None:
         real = attention_mask[:, -length:].long()
     positions = real.cumsum(1) - 1
     if restarts is not None:

@@ -7,11 +7,13 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from spikelm.precision import KeepsDtype
+
 if TYPE_CHECKING:
     from spikelm.configuration import SpikeLMConfig
 
 
-class RotaryEmbedding(LlamaRotaryEmbedding):
+class RotaryEmbedding(KeepsDtype, LlamaRotaryEmbedding):
     """cos and sin `[B, T, R]` of positions `[B, T]`, in the dtype of x; R = head_dim * partial_rotary_factor.
 
     The class keeps this name's suffix because transformers re-creates the buffers of such classes after a build on

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spikelm.kernels.spike_encode import spike_encode, spike_quantize
+from spikelm.precision import KeepsDtype
 
 if TYPE_CHECKING:
     from spikelm.configuration import SpikeLMConfig
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Observer = Callable[["SpikeSite", Tensor, Tensor, "ForwardContext | None"], None]
 
 
-class SpikeSite(nn.Module):
+class SpikeSite(KeepsDtype):
     """Codes `[..., width]` into integer counts and a threshold, and hands on their product.
 
     Attributes:
@@ -95,15 +96,6 @@ class SpikeSite(nn.Module):
 
     def _learns(self) -> bool:
         return self.magnitude is not None and self.magnitude.requires_grad
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SpikeSite":
-        """Follow `model.to(...)` to another device, but stay in float32."""
-
-        def keep_dtype(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype or moved.is_meta else t.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
 
     def extra_repr(self) -> str:
         """Name, width, and how thresholds are found."""

@@ -1,0 +1,58 @@
+"""Small models with every kind of layer, for all tests."""
+
+import torch
+
+from spikelm import SpikeLMConfig, SpikeLMForCausalLM
+
+SITES = ["qkv", "o", "gate_up", "down"]
+
+
+def small_config(**changes) -> SpikeLMConfig:
+    """Three layers, 32 channels, 4 query heads on 2 key-value heads, windows of 4."""
+    fields = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attention_window": 4,
+        "max_position_embeddings": 128,
+    }
+    return SpikeLMConfig(**(fields | changes))
+
+
+def small_model(dtype=torch.float64, **changes) -> SpikeLMForCausalLM:
+    """A model in eval mode whose weights, norms and biases are far from their initial values."""
+    model = SpikeLMForCausalLM(small_config(**changes)).eval().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+# Every kind of layer, alone and side by side.
+PATTERNS = {
+    "attention": {"mixers": "attention"},
+    "swa": {"mixers": "swa"},
+    "swa-sinks": {"mixers": "swa", "attention_sinks": 2},
+    "gla": {"mixers": "gla"},
+    "gla-tied": {"mixers": "gla", "gla_gate": "tied", "gla_feature_map": "sigmoid"},
+    "gla-swa-attention": {"mixers": ["gla", "swa", "attention"]},
+    "swa-gla-attention": {"mixers": ["swa", "gla", "attention"]},
+    "gla+swa": {"mixers": "gla+swa"},
+    "gla+attention": {"mixers": "gla+attention"},
+    "gla+swa-apart": {"mixers": "gla+swa", "parallel_shared_projections": False},
+    "gemma-like": {
+        "mixers": ["swa", "attention", "swa"],
+        "pre_norm": "rmsnorm_1p",
+        "post_norm": "rmsnorm_1p",
+        "final_norm": "rmsnorm_1p",
+        "attention_qk_norm": "head",
+        "attention_softcap": 20.0,
+        "logit_softcap": 30.0,
+        "attention_rope": ["local", "global", "none"],
+        "local_rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "embedding_scale": 32**0.5,
+    },
+}

@@ -1,0 +1,73 @@
+"""The configuration: derived fields, per-layer values, clear refusals, round trips."""
+
+import pytest
+from small_models import small_config
+
+from spikelm import SpikeLMConfig
+from spikelm.configuration import _PER_LAYER
+
+
+def test_layer_types_follow_the_mixers():
+    config = small_config(mixers=["gla", "swa", "gla+swa"])
+    assert config.layer_types == ["linear_attention", "sliding_attention", "hybrid_sliding"]
+    assert config.ffns == ["gated"] * 3
+
+
+def test_heads_default_as_in_llama():
+    config = SpikeLMConfig(hidden_size=64, num_attention_heads=8, num_hidden_layers=1)
+    assert (config.num_key_value_heads, config.head_dim) == (8, 8)
+
+
+def test_a_field_is_one_value_or_one_per_layer():
+    config = small_config(spike_k=[2, 3, 4], spike_sites=[["qkv"], [], ["o", "down"]])
+    assert [config.at("spike_k", i) for i in range(3)] == [2, 3, 4]
+    assert config.at("attention_window", 2) == 4
+    assert [config.sites_at(i) for i in range(3)] == [("qkv",), (), ("o", "down")]
+    assert config.is_spiking and not small_config().is_spiking
+
+
+@pytest.mark.parametrize("field", _PER_LAYER)
+def test_lists_must_cover_all_layers(field):
+    value = getattr(small_config(), field)
+    value = value[0] if isinstance(value, list) else value
+    with pytest.raises(Exception, match=f"{field} has 2 entries for 3 layers"):
+        small_config(**{field: [value] * 2})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"mixers": "mamba"}, "mixers of layer 0 must be one of attention, swa, gla; got 'mamba'"),
+        ({"mixers": "gla+gla"}, "two different ones"),
+        ({"mixers": "attention+swa"}, "side by side"),
+        ({"mixers": "swa", "attention_window": None}, "attention_window of layer 0 must be at least 1"),
+        ({"ffns": "moe"}, "ffns of layer 0 must be one of gated"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
+        ({"pre_norm": "batchnorm"}, "pre_norm of layer 0 must be one of"),
+        ({"attention_rope": "local"}, "local_rope_parameters is not given"),
+        ({"mixers": "gla", "gla_gate": "tied"}, "set gla_feature_map to 'sigmoid'"),
+        ({"spike_sites": ["qkv", "v"]}, "spike_sites of layer 0 must be one of qkv, o, gate_up, down; got 'v'"),
+        ({"spike_sites": [["qkv"], ["o"]]}, "one list per layer"),
+        ({"spike_sites": ["qkv"], "spike_k": 0}, "spike_k of layer 0 must be a positive number"),
+        ({"spike_code": "morse"}, "spike_code must be one of binary, ternary, bitwise, twos_complement"),
+        ({"spike_threshold": "fixed"}, "spike_threshold must be one of token, calibrated, learned"),
+        ({"hidden_size": "large"}, "hidden_size"),
+    ],
+)
+def test_wrong_values_are_refused_with_a_reason(wrong, message):
+    with pytest.raises(Exception, match=message):
+        small_config(**wrong)
+
+
+def test_fields_of_unused_blocks_are_not_checked():
+    assert small_config(mixers="attention", gla_feature_map="relu", gla_gate="tied").mixers == ["attention"] * 3
+
+
+def test_saving_and_loading_keeps_every_field(tmp_path):
+    config = small_config(mixers=["gla", "swa", "gla+swa"], spike_sites=[["qkv"], [], ["o"]], spike_k=[2, 3.5, 4])
+    config.save_pretrained(tmp_path)
+    loaded = SpikeLMConfig.from_pretrained(tmp_path)
+    ignored = {"_name_or_path", "transformers_version"}
+    assert {k: v for k, v in loaded.to_dict().items() if k not in ignored} == {
+        k: v for k, v in config.to_dict().items() if k not in ignored
+    }
