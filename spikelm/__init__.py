@@ -8,3 +8,35 @@ __version__ = "0.1.0"
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file() and (_root / "kernels").is_dir():
     __path__.append(str(_root))
+
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from spikelm.cache import SpikeCache  # noqa: E402
+from spikelm.configuration import SpikeLMConfig  # noqa: E402
+from spikelm.modeling import (  # noqa: E402
+    SpikeLMForCausalLM,
+    SpikeLMForSequenceClassification,
+    SpikeLMForTokenClassification,
+    SpikeLMModel,
+)
+
+AutoConfig.register(SpikeLMConfig.model_type, SpikeLMConfig, exist_ok=True)
+AutoModel.register(SpikeLMConfig, SpikeLMModel, exist_ok=True)
+AutoModelForCausalLM.register(SpikeLMConfig, SpikeLMForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(SpikeLMConfig, SpikeLMForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(SpikeLMConfig, SpikeLMForTokenClassification, exist_ok=True)
+
+__all__ = [
+    "SpikeCache",
+    "SpikeLMConfig",
+    "SpikeLMForCausalLM",
+    "SpikeLMForSequenceClassification",
+    "SpikeLMForTokenClassification",
+    "SpikeLMModel",
+]
