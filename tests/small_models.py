@@ -56,3 +56,12 @@ PATTERNS = {
         "embedding_scale": 32**0.5,
     },
 }
+
+
+def leaves(nested, path=""):
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`, to compare nested results number by number."""
+    if isinstance(nested, dict):
+        return {k: v for name, value in nested.items() for k, v in leaves(value, f"{path}.{name}").items()}
+    if isinstance(nested, list):
+        return leaves(dict(enumerate(nested)), path)
+    return {path: nested}

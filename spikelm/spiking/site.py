@@ -50,13 +50,14 @@ class SpikeSite(KeepsDtype):
         zones = width if config.spike_dead_zone_per_channel else 1
         self.k: Tensor
         self.dead_zone: Tensor
-        self.magnitude: Tensor | None = None
+        self.magnitude: Tensor | None
         self.register_buffer("k", torch.empty(1, dtype=torch.float32))
         self.register_buffer("dead_zone", torch.empty(zones, dtype=torch.float32))
-        if config.spike_threshold == "calibrated":
-            self.register_buffer("magnitude", torch.empty(1, dtype=torch.float32))
-        elif config.spike_threshold == "learned":
+        if config.spike_threshold == "learned":
             self.magnitude = nn.Parameter(torch.empty(1, dtype=torch.float32))
+        else:
+            stored = config.spike_threshold == "calibrated"
+            self.register_buffer("magnitude", torch.empty(1, dtype=torch.float32) if stored else None)
         self.observers: list[Observer] = []
         self.substitute: Callable[[Tensor], Tensor] | None = None
         for tensor, value in self.initial_values():
