@@ -48,7 +48,7 @@ class Family:
 
 
 def _common(c: Any) -> Fields:
-    """What all families share: sizes, token ids, pre-norms, one RoPE."""
+    """What all families share: sizes, token ids, pre-norms, one RoPE; full attention where nothing else is said."""
     heads = c.num_attention_heads
     return {
         "vocab_size": c.vocab_size,
@@ -68,6 +68,7 @@ def _common(c: Any) -> Fields:
         "eos_token_id": c.eos_token_id,
         "attention_dropout": c.attention_dropout or 0.0,
         "rope_parameters": _rope(c.rope_parameters),
+        "mixers": "attention",
     }
 
 
@@ -80,7 +81,7 @@ def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def _windowed(c: Any, sliding: list[bool]) -> Fields:
     """Mixers and windows of layers that are sliding or full."""
     if not any(sliding):
-        return {"mixers": "attention"}
+        return {}
     if c.sliding_window is None:
         raise ValueError(
             f"The source's configuration has sliding layers, but its sliding_window is {c.sliding_window!r}; "
@@ -188,9 +189,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen2", "Qwen2ForCausalLM", _qwen2, _ATTENTION | _MLP | _PRE_NORMS),
     "qwen3": Family("Qwen3", "Qwen3ForCausalLM", _qwen3, _ATTENTION | _QK_NORMS | _MLP | _PRE_NORMS),
     "gemma2": Family("Gemma 2", "Gemma2ForCausalLM", _gemma2, _ATTENTION | _MLP | _GEMMA_NORMS),
-    "gemma3_text": Family(
-        "Gemma 3 (text)", "Gemma3ForCausalLM", _gemma3, _ATTENTION | _QK_NORMS | _MLP | _GEMMA_NORMS
-    ),
+    "gemma3_text": Family("Gemma 3 (text)", "Gemma3ForCausalLM", _gemma3, _ATTENTION | _QK_NORMS | _MLP | _GEMMA_NORMS),
     "olmo2": Family("OLMo 2", "Olmo2ForCausalLM", _olmo2, _ATTENTION | _QK_NORMS | _MLP | _POST_NORMS),
     "phi3": Family("Phi-3", "Phi3ForCausalLM", _phi3, _FUSED | _PRE_NORMS),
 }

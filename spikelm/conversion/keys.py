@@ -61,6 +61,16 @@ def targets_of(family: Family, key: str) -> tuple[str, ...] | None:
     return tuple(f"model.layers.{index}.{module}.{kind}" for module in modules)
 
 
+def source_of(family: Family, name: str) -> str:
+    """The source tensor that fills our tensor `name`; `name` itself if no table knows."""
+    if match := _LAYER_KEY.fullmatch(name):
+        index, module, kind = match.groups()
+        for source, targets in family.layer.items():
+            if module == targets or (module in targets and not isinstance(targets, str)):
+                return f"model.layers.{index}.{source}.{kind}"
+    return name
+
+
 def normalised(tensors: dict[str, Tensor], tied: bool) -> tuple[dict[str, Tensor], bool]:
     """One spelling for what sources spell in several ways; returns the tensors and whether the head is tied.
 
@@ -81,7 +91,11 @@ def normalised(tensors: dict[str, Tensor], tied: bool) -> tuple[dict[str, Tensor
 
 
 def map_tensors(
-    family: Family, tensors: dict[str, Tensor], expected: Mapping[str, torch.Size], new: set[str]
+    family: Family,
+    tensors: dict[str, Tensor],
+    expected: Mapping[str, torch.Size],
+    new: set[str],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Rename and split the tensors of a source; `tensors` is emptied on the way, so that nothing is held twice.
 
@@ -90,6 +104,7 @@ def map_tensors(
         tensors: name -> tensor of the source, as `normalised` returns them.
         expected: name -> shape of every tensor of our model, without a tied head.
         new: those of them that no source fills.
+        dtype: of the result; tensors that have it already are passed on, not copied.
 
     Returns:
         Our name -> tensor, for all of `expected` but `new`.
@@ -107,19 +122,18 @@ def map_tensors(
         if None in shapes:
             misfits.append(key)
             continue
-        rows = [shape[0] for shape in shapes]  # type: ignore[index]
-        fits = tensor.ndim == len(shapes[0]) and tensor.shape[1:] == shapes[0][1:] and tensor.shape[0] == sum(rows)  # type: ignore[arg-type, index]
-        if not fits:
-            wanted = " + ".join(str(list(shape)) for shape in shapes)  # type: ignore[arg-type]
+        shape = _stacked([s for s in shapes if s is not None])
+        if tensor.shape != shape:
             raise ValueError(
-                f"Tensor {key} of the source has shape {list(tensor.shape)}; its configuration expects {wanted}. "
+                f"Tensor {key} of the source has shape {list(tensor.shape)}; its configuration expects {list(shape)}. "
                 "The weights and config.json do not belong together: get the source again."
             )
+        rows = [expected[target][0] for target in targets]
         # A part of a fused tensor is copied, or it would keep the whole of it alive.
-        parts = [tensor] if len(targets) == 1 else [part.clone() for part in tensor.split(rows)]
-        mapped |= zip(targets, parts, strict=True)
+        parts = [tensor] if len(rows) == 1 else [part.clone() for part in tensor.split(rows)]
+        mapped |= zip(targets, (part.to(dtype) for part in parts), strict=True)
     _refuse("tensors that its configuration has no place for", family, misfits)
-    absent = sorted(set(expected) - new - set(mapped))
+    absent = sorted({source_of(family, name) for name in set(expected) - new - set(mapped)})
     if absent:
         raise ValueError(
             f"The source lacks {len(absent)} of the tensors that a {family.name} model needs: {_listed(absent)}. "
@@ -131,6 +145,11 @@ def map_tensors(
             "converter's tables: please report it with the source's config.json."
         )
     return mapped
+
+
+def _stacked(shapes: list[torch.Size]) -> torch.Size:
+    """The shape of tensors that are stacked along their rows."""
+    return torch.Size((sum(shape[0] for shape in shapes), *shapes[0][1:]))
 
 
 def _refuse(what: str, family: Family, names: list[str]) -> None:

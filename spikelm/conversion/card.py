@@ -1,0 +1,70 @@
+"""The model card of a converted model, written from the record of its conversion."""
+
+from collections import Counter
+from typing import Any
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """Markdown with the front matter that model hubs read."""
+    source, plan = record["source"], record["plan"]
+    head = ["---", "library_name: spikelm", "pipeline_tag: text-generation", "tags: [spiking, spikelm]"]
+    if source["licence"]:
+        head.append(f"license: {source['licence']}")
+    if source["kind"] == "hub":
+        head.append(f"base_model: {source['name']}")
+    parts = [
+        "\n".join([*head, "---"]),
+        f"# {_short(source['name'])} in spiking form",
+        f"Converted from `{_short(source['name'])}` ({source['family']}) with spikelm "
+        f"{record['versions']['spikelm']}, without training. `conversion.json` holds every choice and result.",
+        "```python\nimport spikelm\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```',
+        "## What was done\n\n" + _bullets(_steps(record)),
+    ]
+    if record["measured"]:
+        rows = [f"| {name} | {_number(value)} |" for name, value in record["measured"].items()]
+        parts.append("\n".join(["## Measured", "", "| | |", "|---|---|", *rows]))
+    else:
+        parts.append("## Measured\n\nNothing yet: `spikelm eval` compares this model with its source.")
+    limits = [*record["notes"]]
+    if any("gla" in mixer for mixer in record["result"]["layers"]):
+        limits.append("Layers with gated linear attention have new, untrained gates: train the model before use.")
+    if source["licence"] or plan["sites"] != "none":
+        licence = source["licence"] or "the source's licence"
+        limits.append(f"The weights are those of the source and stay under its licence ({licence}).")
+    parts.append("## Notes\n\n" + _bullets(limits))
+    return "\n\n".join(parts) + "\n"
+
+
+def _steps(record: dict[str, Any]) -> list[str]:
+    plan, result, calibration = record["plan"], record["result"], record["calibration"]
+    layers = ", ".join(f"{count} x `{name}`" for name, count in Counter(result["layers"]).items())
+    steps = [f"Layers: {layers}; weights in {result['dtype']}."]
+    if not result["spike_sites"]:
+        return [*steps, "No activation is spike-coded."]
+    sites = ", ".join(f"`{site}`" for site in result["spike_sites"])
+    steps.append(f"Spike sites {sites} in every layer; {plan['code']} code, k = {plan['k']:g}.")
+    steps.append(f"Threshold: {plan['threshold']}.")
+    if calibration is None:
+        steps.append(f"Dead zone: {plan['dead_zone']:g} of the mean magnitude at every site.")
+    else:
+        steps.append(f"Calibrated on {calibration['tokens']} tokens of {calibration['text']}.")
+    if calibration is not None and plan["silent_share"] is not None:
+        steps.append(
+            f"Dead zones by {plan['allocation']} allocation: {calibration['silent_share_reads']:.3f} of the weighted "
+            f"site inputs are silent on that text ({plan['silent_share']:g} asked)."
+        )
+    return steps
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _short(name: str) -> str:
+    """A hub id as it is, a path without its folders."""
+    return name if name.count("/") == 1 and not name.startswith(("/", ".")) else name.rstrip("/").rpartition("/")[2]
+
+
+def _number(value: float | int | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,89 @@
+"""Weight files of a model folder: safetensors, or pickles through torch's weights-only loader; whole or in shards."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+_PLACES = (
+    ("model.safetensors", False),
+    ("model.safetensors.index.json", True),
+    ("pytorch_model.bin", False),
+    ("pytorch_model.bin.index.json", True),
+)
+
+
+def read_checkpoint(folder: Path, progress: bool) -> dict[str, Tensor]:
+    """All tensors of the model folder `folder`, on the CPU; safetensors stay mapped to their file.
+
+    Raises:
+        ValueError: no weights, a missing or damaged shard, or an index that names a tensor that no shard holds.
+    """
+    for name, is_index in _PLACES:
+        if (folder / name).is_file():
+            return _read_shards(folder, name, progress) if is_index else _read_file(folder / name)
+    raise ValueError(
+        f"{folder} has no weights; expected model.safetensors, its shards with an index, or pytorch_model.bin. "
+        "Get the complete model."
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {reason(error)} Get the file again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object. Get the file again.")
+    return content
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, as a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _read_shards(folder: Path, index: str, progress: bool) -> dict[str, Tensor]:
+    places = read_json(folder / index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{folder / index} has no weight_map; expected tensor -> file. Get the file again.")
+    names = sorted({Path(str(shard)).name for shard in places.values()})
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(
+            f"{folder} lacks {len(absent)} of {len(names)} weight files: {', '.join(absent[:4])}. Get them, or the "
+            "whole model, again."
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in tqdm(names, desc="Reading weights", unit="file", disable=not progress, delay=1.0):
+        tensors |= _read_file(folder / name)
+    lost = sorted(set(places) - set(tensors))
+    if lost:
+        raise ValueError(f"{index} names {', '.join(lost[:6])}, which no weight file holds. Get the model again.")
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt", device="cpu") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated ({reason(error)}) Get the file again.") from error
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as weights ({reason(error)}) Only plain tensors are accepted from pickles; get "
+            "the model as safetensors."
+        ) from error
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{path} does not hold a dictionary of tensors. Get the model as safetensors.")
+    return tensors

@@ -1,0 +1,152 @@
+"""`convert`: a language model in, a spiking language model out, as a model in memory and as a complete folder."""
+
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import spikelm
+from spikelm.configuration import SpikeLMConfig
+from spikelm.conversion.calibration import calibrate
+from spikelm.conversion.families import Family, family_of
+from spikelm.conversion.folder import check_out, write_folder
+from spikelm.conversion.keys import HEAD, map_tensors, new_parameters, normalised
+from spikelm.conversion.plan import ConversionPlan
+from spikelm.conversion.sources import Source, open_source, quiet
+from spikelm.modeling import SpikeLMForCausalLM
+
+SCHEMA_VERSION = 1
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def convert(
+    source: str | Path | PreTrainedModel,
+    out: str | Path | None = None,
+    *,
+    plan: ConversionPlan | None = None,
+    tokenizer: Any = None,
+    calibration_text: str | Tensor | None = None,
+    dtype: str | torch.dtype = "auto",
+    overwrite: bool = False,
+    progress: bool = True,
+    **choices: Any,
+) -> SpikeLMForCausalLM:
+    """Convert a language model to spiking form.
+
+    Args:
+        source: a model folder, a hub id, a `.gguf` file, or a loaded transformers model, whose weights are copied.
+        out: where to write the complete model folder. It appears when everything is written, or not at all.
+        plan: what to change; or its choices as keywords: `mixers`, `target`, `window`, `sinks`, `sites`, `code`, `k`,
+            `dead_zone`, `threshold`, `silent_share`, `allocation` (see `ConversionPlan`). `mixers="keep",
+            sites="none"` changes nothing: the logits stay those of the source.
+        tokenizer: used, and written, in place of the source's own.
+        calibration_text: text, or token ids `[N]`, that thresholds and dead zones are calibrated on; default: a
+            sample that every Python carries.
+        dtype: of the weights; "auto": that of the source.
+        overwrite: replace `out` if it is a folder that a conversion wrote.
+        progress: whether to print the plan and show bars.
+
+    Returns:
+        The model in evaluation mode, on the CPU or where a loaded source is. `model.conversion` is the record that
+        stands in `conversion.json`.
+
+    Raises:
+        ValueError: a source, a plan or an `out` that cannot be used; one line that says what to do.
+    """
+    if plan is not None and choices:
+        raise ValueError(f"Give a plan or its choices, not both; got a plan and {', '.join(sorted(choices))}.")
+    plan = plan or ConversionPlan.of(**choices)
+    wanted = _dtype(dtype)
+    if out is not None:
+        check_out(Path(out), overwrite)
+    opened = open_source(source, tokenizer=tokenizer, progress=progress)
+    family = family_of(opened.config)
+    config = plan.apply(family.fields(opened.config))
+    wanted = wanted or opened.dtype
+    if progress:
+        print(plan.describe(config, f"{opened.name} ({family.name})"), file=sys.stderr)
+    if plan.needs_text and not isinstance(calibration_text, Tensor) and opened.tokenizer is None:
+        raise ValueError("Calibration needs a tokenizer, and the source has none: give tokenizer= or token ids.")
+
+    model, record = _build(opened, family, config, wanted)
+    if isinstance(source, PreTrainedModel):
+        model.to(source.device)  # type: ignore[arg-type]
+    record |= {"plan": plan.as_dict(), "calibration": None, "measured": {}, "notes": opened.notes}
+    if plan.needs_text:
+        record["calibration"] = calibrate(
+            model,
+            opened.tokenizer,
+            calibration_text,
+            silent_share=plan.silent_share,
+            allocation=plan.allocation,
+            progress=progress,
+        )
+    model.conversion = record
+    if out is not None:
+        write_folder(Path(out), model, opened, record, overwrite)
+    return model
+
+
+def _build(
+    opened: Source, family: Family, config: SpikeLMConfig, dtype: torch.dtype
+) -> tuple[SpikeLMForCausalLM, dict[str, Any]]:
+    """The model, filled with the source's tensors (which leave `opened`), and the first part of its record."""
+    tensors, config.tie_word_embeddings = normalised(opened.tensors, config.tie_word_embeddings)
+    opened.tensors = {}
+    with torch.device("meta"):
+        expected = {name: t.shape for name, t in SpikeLMForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del expected[HEAD]
+    new = new_parameters(config)
+    count = len(tensors)
+    mapped = map_tensors(family, tensors, expected, new, dtype)
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(0)  # gates begin at random: the same ones in every conversion
+        model, info = SpikeLMForCausalLM.from_pretrained(
+            None, config=config, state_dict=mapped, dtype=dtype, output_loading_info=True
+        )
+    if set(info["missing_keys"]) - {HEAD} != new or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise RuntimeError(f"The converted model was not filled as declared: {info}")
+    if opened.generation_config is not None:
+        model.generation_config = opened.generation_config
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "versions": {
+            "spikelm": spikelm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "source": {
+            "name": opened.name,
+            "kind": opened.kind,
+            "family": family.name,
+            "architecture": family.architecture,
+            "dtype": str(opened.dtype).removeprefix("torch."),
+            "licence": opened.licence,
+        },
+        "result": {
+            "dtype": str(dtype).removeprefix("torch."),
+            "layers": config.mixers,
+            "spike_sites": config.spike_sites or [],
+            "parameters": sum(p.numel() for p in model.parameters()),
+        },
+        "keys": {"source_tensors": count, "filled": len(mapped), "new": len(new)},
+        "new_parameters": sorted(new),
+    }
+    return model, record
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype | None:
+    """The dtype meant by an argument; None for "auto"."""
+    if name == "auto":
+        return None
+    dtype = _DTYPES.get(name) if isinstance(name, str) else name
+    if dtype not in _DTYPES.values():
+        raise ValueError(f"dtype must be 'auto' or one of {', '.join(_DTYPES)}; got {name!r}.")
+    return dtype

@@ -1,0 +1,212 @@
+"""What a conversion changes: the mixer of every layer, which activations spike, and how."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from spikelm.configuration import CODES, MIXERS, SITES, THRESHOLDS, SpikeLMConfig
+
+ALLOCATIONS = ("gradient", "uniform")
+DEFAULT_WINDOW = 4096
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """The choices of a conversion, checked when they are made.
+
+    Attributes:
+        mixers: `keep` (every layer keeps its own), one mixer for all layers (`gla`, `swa`, `attention`, `gla+swa`),
+            `uniform:N` (every Nth layer keeps its own, the others become `target`), or a list with one entry per
+            layer, `keep` among the possible ones.
+        target: the mixer of the layers that `uniform:N` changes.
+        window: width of the sliding windows that the plan introduces, in tokens; default: 4096, or the model's
+            longest text if that is shorter.
+        sinks: first tokens of a text that those windows keep seeing.
+        sites: `all`, `none`, or a list of `qkv`, `o`, `gate_up`, `down`.
+        code: `bitwise`, `ternary` or `twos_complement`; `binary` has no sign and cannot code these activations.
+        k: spike counts per mean magnitude.
+        dead_zone: |x| below this share of the mean magnitude is silent, at every site alike.
+        threshold: `token` (each token's own mean magnitude), or `calibrated`, `learned`: a mean stored per site.
+        silent_share: calibrate the dead zones so that this share of the inputs of all sites, each weighted by the
+            weights that it would read, is zero; in (0, 1). None: `dead_zone` as it is.
+        allocation: how a silent share is spread over the sites: `gradient` (where it costs least), `uniform`.
+
+    Raises:
+        ValueError: a choice that is unknown, or that contradicts another.
+    """
+
+    mixers: str | list[str] = "keep"
+    target: str = "gla"
+    window: int | None = None
+    sinks: int = 4
+    sites: str | list[str] = "all"
+    code: str = "bitwise"
+    k: float = 3.0
+    dead_zone: float = 0.0
+    threshold: str = "token"
+    silent_share: float | None = None
+    allocation: str = "gradient"
+
+    def __post_init__(self) -> None:
+        for name in [self.mixers] if isinstance(self.mixers, str) else self.mixers:
+            if not str(name).startswith("uniform:"):
+                _mixer("mixers", name, "keep", *(["uniform:N"] if isinstance(self.mixers, str) else []))
+        self._period()
+        _mixer("target", self.target)
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise ValueError(f"window must be a whole number of tokens, at least 1; got {self.window!r}.")
+        if not isinstance(self.sinks, int) or self.sinks < 0:
+            raise ValueError(f"sinks must be a whole number of tokens, at least 0; got {self.sinks!r}.")
+        self._check_spikes()
+
+    def _check_spikes(self) -> None:
+        if self.sites not in ("all", "none"):
+            chosen = [self.sites] if isinstance(self.sites, str) else list(self.sites)
+            if unknown := [site for site in chosen if site not in SITES]:
+                raise ValueError(
+                    f"sites must be 'all', 'none' or a list of {', '.join(SITES)}; got {', '.join(map(str, unknown))}."
+                )
+        if self.code == "binary":
+            raise ValueError(
+                "code 'binary' has no negative spikes, but the activations of the converted layers have both signs; "
+                "use bitwise, ternary or twos_complement."
+            )
+        _one_of("code", self.code, CODES)
+        _one_of("threshold", self.threshold, THRESHOLDS)
+        _one_of("allocation", self.allocation, ALLOCATIONS)
+        if not _is_number(self.k) or self.k <= 0:
+            raise ValueError(f"k must be a positive number of counts per mean magnitude; got {self.k!r}.")
+        if not _is_number(self.dead_zone) or self.dead_zone < 0:
+            raise ValueError(f"dead_zone must be a number of mean magnitudes, at least 0; got {self.dead_zone!r}.")
+        if self.silent_share is None:
+            return
+        if not _is_number(self.silent_share) or not 0 < self.silent_share < 1:
+            raise ValueError(f"silent_share must lie between 0 and 1; got {self.silent_share!r}.")
+        if self.dead_zone:
+            raise ValueError("Give dead_zone or silent_share, not both: a silent share decides the dead zones.")
+        if not self.site_names:
+            raise ValueError("silent_share needs spike sites, but sites is 'none'; choose sites or leave it out.")
+
+    @classmethod
+    def of(cls, **choices: Any) -> "ConversionPlan":
+        """A plan from keyword choices. Raises ValueError for an unknown one, naming those that exist."""
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(choices) - set(known)):
+            raise ValueError(f"Unknown choice {', '.join(unknown)}; a plan has {', '.join(known)}.")
+        return cls(**choices)
+
+    @property
+    def site_names(self) -> list[str]:
+        """The sites as a list, in the order of the computation."""
+        if isinstance(self.sites, str) and self.sites in ("all", "none"):
+            return list(SITES) if self.sites == "all" else []
+        chosen = [self.sites] if isinstance(self.sites, str) else self.sites
+        return [site for site in SITES if site in chosen]
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether something is to be measured on a calibration text."""
+        return bool(self.site_names) and (self.silent_share is not None or self.threshold != "token")
+
+    def apply(self, source: dict[str, Any]) -> SpikeLMConfig:
+        """The configuration of the converted model, from the fields that a family's table gives for the source.
+
+        Raises:
+            ValueError: a list of mixers with another length than the model has layers, a window without a use.
+        """
+        layers = source["num_hidden_layers"]
+        own = source["mixers"] if isinstance(source["mixers"], list) else [source["mixers"]] * layers
+        mixers = self._layer_mixers(own)
+        changed = [new != old for new, old in zip(mixers, own, strict=True)]
+        sliding = [c and "swa" in m.split("+") for c, m in zip(changed, mixers, strict=True)]
+        if self.window is not None and not any(sliding):
+            raise ValueError(
+                f"window is {self.window}, but the plan gives no layer a new sliding window; leave it out."
+            )
+        width = self.window or min(DEFAULT_WINDOW, source["max_position_embeddings"])
+        own_windows = source.get("attention_window") or [None] * layers
+        windows = [
+            width if s else own if "swa" in mixer else None
+            for s, own, mixer in zip(sliding, own_windows, mixers, strict=True)
+        ]
+        changes = {
+            "mixers": mixers,
+            "attention_window": windows if any(windows) else None,
+            "attention_sinks": [self.sinks if s else 0 for s in sliding] if any(sliding) else 0,
+            "spike_sites": self.site_names or None,
+            "spike_code": self.code,
+            "spike_k": self.k,
+            "spike_dead_zone": self.dead_zone,
+            "spike_threshold": self.threshold,
+        }
+        return SpikeLMConfig(**source | changes)
+
+    def _layer_mixers(self, own: list[str]) -> list[str]:
+        if isinstance(self.mixers, str):
+            if period := self._period():
+                return [m if (i + 1) % period == 0 else self.target for i, m in enumerate(own)]
+            return own if self.mixers == "keep" else [self.mixers] * len(own)
+        if len(self.mixers) != len(own):
+            raise ValueError(
+                f"mixers lists {len(self.mixers)} layers, but the source has {len(own)}; give one entry per layer."
+            )
+        return [old if new == "keep" else new for new, old in zip(self.mixers, own, strict=True)]
+
+    def _period(self) -> int | None:
+        if not isinstance(self.mixers, str) or not self.mixers.startswith("uniform:"):
+            return None
+        number = self.mixers.removeprefix("uniform:")
+        if not number.isdecimal() or int(number) < 2:
+            raise ValueError(f"mixers 'uniform:N' needs a whole number N of at least 2; got {self.mixers!r}.")
+        return int(number)
+
+    def describe(self, config: SpikeLMConfig, source: str) -> str:
+        """The plan for one model as a table of a few lines."""
+        counts = Counter(config.mixers)
+        layers = ", ".join(f"{n} x {name}" for name, n in counts.items())
+        widths = sorted({w for w in config.attention_window or [] if w})
+        rows = [("source", source), ("layers", f"{layers} ({self._origin()})")]
+        if widths:
+            rows.append(("windows", f"{', '.join(map(str, widths))} tokens"))
+        if self.site_names:
+            rows.append(("spike sites", f"{', '.join(self.site_names)} in every layer"))
+            rows.append(("spike code", f"{self.code}, k = {self.k:g}, threshold per {_PER[self.threshold]}"))
+            if self.silent_share is None:
+                rows.append(("dead zone", f"{self.dead_zone:g} of the mean magnitude, everywhere"))
+            else:
+                rows.append(("silent share", f"{self.silent_share:g} of the reads, {self.allocation} allocation"))
+        else:
+            rows.append(("spike sites", "none"))
+        return "\n".join(["Conversion plan", *(f"  {name:<13}{value}" for name, value in rows)])
+
+    def _origin(self) -> str:
+        if self.mixers == "keep":
+            return "as in the source"
+        if self._period():
+            return f"{self.mixers}, others {self.target}"
+        return "as the plan says"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All choices, for a record."""
+        return asdict(self)
+
+
+_PER = {"token": "token", "calibrated": "layer and site, calibrated", "learned": "layer and site, learned"}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _one_of(field: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {value!r}.")
+
+
+def _mixer(field: str, name: Any, *others: str) -> None:
+    parts = str(name).split("+")
+    known = all(part in MIXERS for part in parts) and len(set(parts)) == len(parts) <= 2
+    pair = len(parts) == 1 or "gla" in parts
+    if not isinstance(name, str) or not (name in others or (known and pair)):
+        allowed = (*others, *MIXERS, "gla+swa", "gla+attention")
+        raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {name!r}.")
