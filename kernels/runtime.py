@@ -7,6 +7,7 @@ import when `use_triton` says that they will run. The Triton side of this file i
 import importlib.util
 import os
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def sequence_bounds(op: str, cu_seqlens: Tensor, length: int) -> list[int]:
     """Values of `cu_seqlens` as a list, checked: rising (empty sequences allowed) from 0 to T. Waits for the device."""
     bounds = cu_seqlens.tolist()
     expect(
-        bounds[0] == 0 and bounds[-1] == length and all(a <= b for a, b in zip(bounds, bounds[1:])),
+        bounds[0] == 0 and bounds[-1] == length and all(a <= b for a, b in pairwise(bounds)),
         op,
         "cu_seqlens",
         f"rising from 0 to T = {length}",
@@ -104,7 +105,7 @@ def _uniform_table(batch: int, length: int, size: int, device: torch.device):
 
 def _table(bounds: list[int], size: int, device: torch.device):
     chunks, offsets = [], [0]
-    for begin, end in zip(bounds, bounds[1:]):
+    for begin, end in pairwise(bounds):
         chunks += [(t, min(size, end - t)) for t in range(begin, end, size)]
         offsets.append(len(chunks))
     table = torch.tensor(chunks, dtype=torch.int64).reshape(-1, 2)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import triton
 import triton.language as tl
-
 from spikelm.kernels.runtime import INTERPRETED
 
 IS_INTERPRETED = tl.constexpr(INTERPRETED)
