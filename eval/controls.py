@@ -62,6 +62,15 @@ def uniform_dead_zone(model: nn.Module, dead_zone: float) -> Any:
     return same_code(model, dead_zone=dead_zone)
 
 
+@contextmanager
+def allocated(model: nn.Module, dead_zones: dict[str, float]) -> Iterator[None]:
+    """Give every site its own dead zone, in mean magnitudes: site path -> dead zone."""
+    with restored_sites(model):
+        for group in spike_groups(model):
+            group.site.dead_zone.data.fill_(dead_zones[group.path])
+        yield
+
+
 def plain_code(model: nn.Module, k: float = 3.0) -> Any:
     """Context: k counts per mean magnitude, no dead zone."""
     return same_code(model, k=k, dead_zone=0.0)

@@ -156,3 +156,25 @@ def _encode(tokenizer: Any, content: str) -> tuple[list[int], list[int]]:
     for character in content:
         byte_at.append(byte_at[-1] + len(character.encode("utf-8", "surrogatepass")))
     return coded["input_ids"], [byte_at[end] for _, end in coded["offset_mapping"]]
+
+
+def spread(text: Text, tokenizer: Any, tokens: int, window: int = 512) -> list[Tensor]:
+    """Windows `[window]` spread evenly over a whole text, about `tokens` in all, fewer if the text is short.
+
+    For calibration, where variety counts more than an exact number.
+
+    Raises:
+        ValueError: the text does not fill one window.
+    """
+    ids, _ = _encode(tokenizer, text.content)
+    prefix = _prefix(tokenizer)
+    size = window - len(prefix)
+    whole = len(ids) // size
+    if whole == 0:
+        raise ValueError(
+            f"Text {text.name!r} ({text.source}) is too short to calibrate on: {len(ids)} tokens found, {size} needed; "
+            "give a longer text."
+        )
+    taken = max(1, min(whole, tokens // window))
+    starts = [i * whole // taken * size for i in range(taken)]
+    return [torch.tensor([*prefix, *ids[start : start + size]]) for start in starts]
