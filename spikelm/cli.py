@@ -1,0 +1,254 @@
+"""The `spikelm` command: quickstart, convert, generate, eval."""
+
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+import spikelm
+from spikelm.conversion.convert import convert
+from spikelm.conversion.folder import add_measurements, check_out
+from spikelm.conversion.smollm import smollm2_gguf
+from spikelm.conversion.sources import quiet
+from spikelm.conversion.texts import evaluation_sample
+from spikelm.eval.data import Text, read_texts
+from spikelm.eval.evaluate import evaluate
+from spikelm.loading import load_model
+from spikelm.spiking import SpikeStatistics, execute_trains
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+QUICKSTART_PROMPT = "What is a spiking neural network? Answer in two sentences."
+
+_execute = click.option(
+    "--execute",
+    type=click.Choice(["counts", "trains"]),
+    default="counts",
+    show_default=True,
+    help="How spike sites hand on what they code: as counts, or as trains, slot by slot.",
+)
+
+
+def _dtype_option(default: str) -> Any:
+    return click.option("--dtype", type=click.Choice(["auto", *DTYPES]), default=default, show_default=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(spikelm.__version__, prog_name="spikelm")
+def app() -> None:
+    """Load, convert and evaluate spiking language models."""
+
+
+@app.command()
+@click.option("--model", help="Hub id, folder or .gguf file.  [default: SmolLM2-135M-Instruct]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("quickstart"), show_default=True)
+@click.option("--silent-share", default=0.30, show_default=True, help="Share of weight reads to make unnecessary.")
+@click.option("--k", default=4.0, show_default=True, help="Spike counts per mean magnitude.")
+@click.option("--tokens", default=8000, show_default=True, help="Tokens behind the headline figures.")
+@click.option("--curve-tokens", default=2000, show_default=True, help="Tokens behind each point of the curve.")
+def quickstart(model: str | None, out: Path, silent_share: float, k: float, tokens: int, curve_tokens: int) -> None:
+    """Convert a real model, load it back, generate from it, evaluate it beside its source."""
+    started = time.monotonic()
+    check_out(out, overwrite=True)
+    _say("1/5  Source")
+    source = model or str(smollm2_gguf())
+    _say("2/5  Converting")
+    convert(source, out, k=k, silent_share=silent_share, dtype="float32", overwrite=True)
+    _say(f"3/5  Loading {out} with AutoModelForCausalLM.from_pretrained")
+    with quiet():
+        spiking = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    _say("4/5  Generating")
+    _generate(spiking, tokenizer, QUICKSTART_PROMPT, 60, sample=False, execute="counts", chat=True)
+    _say("5/5  Evaluating beside the source")
+    baseline, _ = load_model(source, dtype=torch.float32)
+    text = Text("Python reference", evaluation_sample(), "pydoc_data.topics, topics not calibrated on")
+    report = evaluate(
+        spiking,
+        baseline,
+        tokenizer,
+        [text],
+        tokens=tokens,
+        curve_tokens=curve_tokens,
+        names=(str(out), model or "SmolLM2-135M-Instruct"),
+        out=out,
+    )
+    _record(out, report)
+    _say_report(report, out)
+    _say(f"Done in {time.monotonic() - started:.0f} s. Next: AutoModelForCausalLM.from_pretrained({str(out)!r})")
+
+
+@app.command("convert")
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--mixers",
+    default="keep",
+    show_default=True,
+    help="`keep`, a mixer for all layers, `uniform:N`, or a comma-separated list with one per layer.",
+)
+@click.option("--target", default="gla", show_default=True, help="Mixer of the layers that `uniform:N` changes.")
+@click.option("--window", type=int, help="Width of new sliding windows, in tokens.")
+@click.option("--spikes", default="all", show_default=True, help="`all`, `none`, or some of qkv,o,gate_up,down.")
+@click.option("--code", default="bitwise", show_default=True, help="bitwise, ternary or twos_complement.")
+@click.option("--k", default=3.0, show_default=True, help="Spike counts per mean magnitude.")
+@click.option("--dead-zone", default=0.0, show_default=True, help="Silent below this share of the mean magnitude.")
+@click.option("--threshold", default="token", show_default=True, help="token, calibrated or learned.")
+@click.option("--silent-share", type=float, help="Calibrate dead zones: share of weight reads to make unnecessary.")
+@click.option("--allocation", default="gradient", show_default=True, help="Of the silent share: gradient or uniform.")
+@click.option("--calibration-text", type=click.Path(path_type=Path), help="UTF-8 file.  [default: a built-in sample]")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if a conversion wrote it.")
+@_dtype_option("auto")
+def convert_command(
+    source: str, out: Path, mixers: str, spikes: str, calibration_text: Path | None, **choices: Any
+) -> None:
+    """Convert SOURCE (a model folder, a hub id or a .gguf file) and write a complete model folder to OUT."""
+    text = read_texts([calibration_text])[0].content if calibration_text is not None else None
+    convert(
+        source,
+        out,
+        mixers=mixers.split(",") if "," in mixers else mixers,
+        sites=spikes if spikes in ("all", "none") else spikes.split(","),
+        calibration_text=text,
+        **choices,
+    )
+    _say(f"Wrote {out}. Next: spikelm generate {out} --prompt ... ; spikelm eval {out} --baseline {source} --out ...")
+
+
+@app.command()
+@click.argument("model")
+@click.option("--prompt", required=True, help="Text to answer, or to continue with --raw.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--sample", is_flag=True, help="Sample instead of taking the likeliest token.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@_execute
+@_dtype_option("auto")
+def generate(model: str, prompt: str, max_new_tokens: int, sample: bool, raw: bool, execute: str, dtype: str) -> None:
+    """Stream text from MODEL, and say how silent it was."""
+    network, tokenizer = load_model(model, dtype=DTYPES.get(dtype))
+    _generate(network, tokenizer, prompt, max_new_tokens, sample, execute, chat=not raw)
+
+
+@app.command("eval")
+@click.argument("model")
+@click.option("--baseline", required=True, help="The model it came from: a folder, hub id or .gguf file.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the report and pictures.")
+@click.option("--text", type=click.Path(path_type=Path), multiple=True, help="UTF-8 text file; may be repeated.")
+@click.option("--tokens", default=8000, show_default=True, help="Tokens of each text.")
+@click.option("--window", default=512, show_default=True, help="Tokens of a window; windows are disjoint.")
+@click.option("--controls/--no-controls", default=True, show_default=True, help="Measure the control rows too.")
+@click.option("--curve-tokens", default=2000, show_default=True, help="Tokens of a point of the curve; 0: no curve.")
+@click.option("--calibration-text", type=click.Path(path_type=Path), help="For controls and curve.")
+@_execute
+@_dtype_option("float32")
+def eval_command(
+    model: str,
+    baseline: str,
+    out: Path,
+    text: tuple[Path, ...],
+    calibration_text: Path | None,
+    curve_tokens: int,
+    dtype: str,
+    **choices: Any,
+) -> None:
+    """Measure MODEL against its baseline: quality, controls, spikes, speed."""
+    texts = read_texts(text) or [Text("Python reference", evaluation_sample(), "pydoc_data.topics")]
+    calibration = read_texts([calibration_text])[0] if calibration_text is not None else None
+    network, tokenizer = load_model(model, dtype=DTYPES.get(dtype))
+    source, _ = load_model(baseline, dtype=DTYPES.get(dtype))
+    report = evaluate(
+        network,
+        source,
+        tokenizer,
+        texts,
+        curve=curve_tokens > 0,
+        curve_tokens=curve_tokens or choices["window"],
+        calibration=calibration,
+        names=(model, baseline),
+        out=out,
+        **choices,
+    )
+    _say_report(report, out)
+
+
+def _generate(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, sample: bool, execute: str, chat: bool
+) -> None:
+    if chat and getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("The prompt is empty; give some text with --prompt.")
+    statistics = SpikeStatistics(model) if getattr(model.config, "is_spiking", False) else None
+    running = execute_trains(model) if execute == "trains" else nullcontext()
+    started = time.monotonic()
+    with running, statistics or nullcontext():
+        out = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=sample,
+            streamer=TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    new = out.shape[1] - inputs["input_ids"].shape[1]
+    line = f"[{new} tokens, {new / (time.monotonic() - started):.1f} tokens/s"
+    if statistics is not None:
+        summary = statistics.summary()
+        line += (
+            f"; {summary['silent_share_reads']:.1%} of weight reads behind spike sites unnecessary, "
+            f"{summary['firing_rate']['bitwise']:.2f} spikes per input (bitwise)"
+        )
+    _say(line + "]")
+
+
+def _record(folder: Path, report: dict[str, Any]) -> None:
+    names = ("perplexity_ratio", "top1_agreement", "kl_nats", "silent_share", "silent_share_reads")
+    add_measurements(folder, {name: report[name] for name in names if report.get(name) is not None})
+
+
+def _say_report(report: dict[str, Any], out: Path) -> None:
+    line = f"perplexity ratio {report['perplexity_ratio']:.3f}, top-1 agreement {report['top1_agreement']:.3f}, "
+    line += f"KL {report['kl_nats']:.4f} nats"
+    if report["silent_share_reads"] is not None:
+        line += f", silent share of weight reads {report['silent_share_reads']:.3f}"
+    _say(line)
+    _say(f"Report: {out / 'report.md'}, {out / 'report.json'} and pictures beside them.")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 after one line on stderr that says what to do."""
+    try:
+        app.main(arguments, prog_name="spikelm", standalone_mode=False)
+        return 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 2
+    except click.ClickException as error:
+        return _fail(f"{error.format_message()} See spikelm --help.")
+    except (click.Abort, KeyboardInterrupt):
+        _say("spikelm: interrupted")
+        return 130
+    except (ValueError, OSError, StrictDataclassError) as error:
+        return _fail(str(error))
+
+
+def _fail(message: str) -> int:
+    _say("spikelm: error: " + " ".join(message.split()))
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
