@@ -28,6 +28,10 @@ _LAYER_TYPES = {
     frozenset({"gla", "swa"}): "hybrid_sliding",
 }
 
+# What transformers shows to somebody who loads a spikelm folder without `import spikelm`: it prints this text as the
+# place of the code that the model needs, instead of advising to update transformers.
+_WHERE_THE_CODE_IS = {"AutoConfig": "the package spikelm (run `import spikelm` first)--spikelm.SpikeLMConfig"}
+
 
 def _choice(field: str, value: Any, allowed: tuple[str, ...], where: str = "") -> None:
     if value not in allowed:
@@ -115,6 +119,7 @@ class SpikeLMConfig(PreTrainedConfig):
     mixers: str | list[str] = "attention"
     ffns: str | list[str] = "gated"
     layer_types: list[str] | None = None
+    auto_map: dict | None = None
     pre_norm: str | list[str] = "rmsnorm"
     post_norm: str | list[str] = "identity"
     final_norm: str = "rmsnorm"
@@ -165,6 +170,7 @@ class SpikeLMConfig(PreTrainedConfig):
             self.ffns = [self.ffns] * self.num_hidden_layers
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+        self.auto_map = dict(_WHERE_THE_CODE_IS)
         # Unknown names are left for `validate_architecture`, which can say what is known.
         self.layer_types = [_LAYER_TYPES.get(frozenset(mixer.split("+")), "full_attention") for mixer in self.mixers]
         super().__post_init__(**kwargs)
@@ -185,6 +191,11 @@ class SpikeLMConfig(PreTrainedConfig):
     def is_spiking(self) -> bool:
         """Whether any layer has a spike site."""
         return any(self.sites_at(i) for i in range(self.num_hidden_layers))
+
+    @property
+    def uses_long_rope(self) -> bool:
+        """Whether the rotation of early tokens depends on how long the text has become (LongRoPE, Phi-3)."""
+        return self.rope_parameters.get("rope_type") == "longrope"
 
     def validate_architecture(self) -> None:
         """Check what one field's type cannot: sizes against each other, names, lengths of per-layer lists."""

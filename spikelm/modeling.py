@@ -233,6 +233,31 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = SpikeCache(self.config)
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: SpikeCache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What one step of `generate` feeds the model."""
+        if self.config.uses_long_rope and isinstance(past_key_values, SpikeCache):
+            # A text that outgrows the short form of LongRoPE is rotated anew as a whole: cached keys are void.
+            limit = self.config.rope_parameters["original_max_position_embeddings"]
+            tokens = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(1).max())
+            seen = past_key_values.shared.states.get("tokens")
+            if seen is not None and int(seen.max()) <= limit < tokens:
+                past_key_values.reset()
+                next_sequence_length = None
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+
 
 class SpikeLMForSequenceClassification(GenericForSequenceClassification, SpikeLMPreTrainedModel):
     """The decoder with a classification head on the last real token."""
