@@ -1,20 +1,22 @@
 """Calibration: dead zones and stored magnitudes of all spike sites, from the float model's activations on a text."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spikelm.conversion.allocation import ActivationProfile
 from spikelm.conversion.texts import calibration_sample
 from spikelm.spiking.site import SpikeGroup, spike_groups
 
 WINDOW = 512
-_BINS, _TOP = 4096, 8.0  # of the histograms of |x| / m: fine against any dead zone of use
-_CORRECTIONS = 3
+TOLERANCE = 0.004
+_CHECKED = 2048  # tokens on which the share of the spiking model is measured
 
 
 def calibrate(
@@ -23,7 +25,7 @@ def calibrate(
     text: str | Tensor | None = None,
     *,
     silent_share: float | None = None,
-    allocation: str = "uniform",
+    allocation: str = "gradient",
     tokens: int = 4096,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -35,30 +37,33 @@ def calibrate(
         text: what to calibrate on, or token ids `[N]`; None: `texts.calibration_sample()`.
         silent_share: the share of site inputs, weighted by the weights that each reads, that are to be zero.
             None: only magnitudes are set.
-        allocation: `uniform`, one dead zone for all sites.
+        allocation: `gradient`: per channel, where silence costs least (needs `spike_dead_zone_per_channel`);
+            `uniform`: one dead zone for all sites.
         tokens: how many tokens to look at, in windows of 512 spread over the text.
         progress: whether to show bars.
 
     Returns:
-        What was measured, ready for a record: `text`, `text_sha256`, `tokens`, `silent_share_reads` reached, dead
-        zones per site.
+        What was measured, ready for a record: `text`, `text_sha256`, `tokens`; and, with a silent share, the share
+        reached by the spiking model on (at most 2,048 of) those tokens, and mean dead zone and share of every site.
 
     Raises:
         ValueError: a text that is too short, a share that cannot be reached.
     """
     groups = list(spike_groups(model))
-    ids, described = _windows(model, tokenizer, text, tokens)
-    statistics = _Statistics(groups)
-    with _substituted(groups, statistics.see):
-        _run(model, ids, "Reading activations", progress)
-    for group, magnitude in zip(groups, statistics.magnitudes(), strict=True):
-        if group.site.magnitude is not None:
-            nn.init.constant_(group.site.magnitude, magnitude)
-    result = described
-    if silent_share is not None:
-        result |= {"allocation": allocation}
-        result |= _reach(model, groups, ids, silent_share, statistics.uniform, progress)
-    return result
+    ids, result = _windows(model, tokenizer, text, tokens)
+    stored = [group for group in groups if group.site.magnitude is not None]
+    if stored:
+        _set_magnitudes(model, stored, groups, ids, progress)
+    if silent_share is None:
+        return result
+    profile = ActivationProfile(groups)
+    with _substituted(groups, profile.see):
+        if allocation == "gradient":
+            _run_with_gradients(model, ids, progress)
+        else:
+            _run(model, ids, "Reading activations", progress)
+    allocate = profile.by_gradient if allocation == "gradient" else profile.uniform
+    return result | {"allocation": allocation} | _reach(model, groups, ids, silent_share, allocate, progress)
 
 
 def _windows(model: nn.Module, tokenizer: Any, text: str | Tensor | None, tokens: int) -> tuple[Tensor, dict[str, Any]]:
@@ -77,16 +82,20 @@ def _windows(model: nn.Module, tokenizer: Any, text: str | Tensor | None, tokens
         raise ValueError(f"The calibration text has {len(ids)} tokens; expected at least 16. Give a longer text.")
     pieces = ids[: len(ids) // length * length].view(-1, length)
     count = min(len(pieces), max(tokens // length, 1))
-    chosen = torch.linspace(0, len(pieces) - 1, count).round().long()
     described = {"text": name, "text_sha256": digest.hexdigest(), "tokens": count * length}
-    return pieces[chosen].to(model.device), described
+    return _spread(pieces, count).to(model.device), described
+
+
+def _spread(rows: Tensor, count: int) -> Tensor:
+    """`count` of the rows `[n, T]`, evenly apart."""
+    return rows[torch.linspace(0, len(rows) - 1, count).round().long()]
 
 
 @contextmanager
-def _substituted(groups: list[SpikeGroup], see: Any) -> Iterator[None]:
+def _substituted(groups: list[SpikeGroup], see: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Every site hands its input on as it is, after `see(index, input)`."""
 
-    def passing(index: int) -> Any:
+    def passing(index: int) -> Callable[[Tensor], Tensor]:
         def substitute(x: Tensor) -> Tensor:
             see(index, x)
             return x
@@ -104,66 +113,73 @@ def _substituted(groups: list[SpikeGroup], see: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _run(model: nn.Module, ids: Tensor, what: str, progress: bool) -> None:
-    for row in tqdm(ids, desc=what, unit="window", disable=not progress, delay=1.0):
-        model.model(input_ids=row[None], use_cache=False)
+    rows = max(WINDOW // ids.shape[1], 1)
+    for batch in tqdm(ids.split(rows), desc=what, unit="window", disable=not progress, delay=1.0):
+        model.model(input_ids=batch, use_cache=False)
 
 
-class _Statistics:
-    """Per site: the mean magnitude, and a histogram of |x| in units of the magnitude that its threshold uses."""
+def _run_with_gradients(model: nn.Module, ids: Tensor, progress: bool) -> None:
+    """One pass forward and back; the loss is that of labels drawn from the model itself."""
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    generator = torch.Generator(ids.device).manual_seed(0)
+    rows = max(WINDOW // ids.shape[1], 1)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        for batch in tqdm(ids.split(rows), desc="Weighing activations", unit="window", disable=not progress, delay=1.0):
+            embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
+            with torch.enable_grad():
+                logits = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1).float()
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                F.cross_entropy(logits, drawn, reduction="sum").backward(inputs=[embedded])
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
-    def __init__(self, groups: list[SpikeGroup]):
-        self.groups = groups
-        self.reads = [group.fan_out * group.site.width for group in groups]
-        self.total = [0.0] * len(groups)
-        self.rows = [0] * len(groups)
-        self.counts = torch.zeros(len(groups), _BINS, dtype=torch.float64)
 
-    def see(self, index: int, x: Tensor) -> None:
-        """Add the activations `[B, T, width]` of a site."""
-        size = x.detach().abs().flatten(0, -2).float()
-        mean = size.mean(-1, keepdim=True)
-        self.total[index] += float(mean.sum())
-        self.rows[index] += mean.shape[0]
-        # A stored magnitude is not known yet; the mean of the pass so far stands for it.
-        unit = mean if self.groups[index].site.magnitude is None else self.total[index] / self.rows[index]
-        scaled = (size / unit).nan_to_num(0.0).clamp_(max=_TOP - 1e-3)
-        self.counts[index] += torch.histc(scaled, _BINS, 0.0, _TOP).double().cpu()
+def _set_magnitudes(
+    model: nn.Module, stored: list[SpikeGroup], groups: list[SpikeGroup], ids: Tensor, progress: bool
+) -> None:
+    """The mean over tokens of mean |x|, into every site that stores one."""
+    totals, rows = [0.0] * len(groups), [0] * len(groups)
 
-    def magnitudes(self) -> list[float]:
-        """Mean over tokens of mean |x|, per site."""
-        return [max(total / rows, 1e-12) for total, rows in zip(self.total, self.rows, strict=True)]
+    def see(index: int, x: Tensor) -> None:
+        totals[index] += float(x.abs().float().mean(-1).sum())
+        rows[index] += x.numel() // x.shape[-1]
 
-    def uniform(self, share: float) -> list[float]:
-        """One dead zone for all sites, with which `share` of the weighted inputs is silent."""
-        weights = torch.tensor(self.reads, dtype=torch.float64)
-        silent = (self.counts / self.counts.sum(1, keepdim=True)).cumsum(1)
-        silent = (silent * weights[:, None]).sum(0) / weights.sum()
-        edge = int(torch.searchsorted(silent, share).clamp_max(_BINS - 1))
-        below = float(silent[edge - 1]) if edge else 0.0
-        inside = (share - below) / max(float(silent[edge]) - below, 1e-12)
-        return [(edge + min(max(inside, 0.0), 1.0)) * _TOP / _BINS] * len(self.groups)
+    with _substituted(groups, see):
+        _run(model, ids, "Reading magnitudes", progress)
+    for group, total, count in zip(groups, totals, rows, strict=True):
+        if group in stored:
+            nn.init.constant_(group.site.magnitude, max(total / count, 1e-12))
 
 
 def _reach(
-    model: nn.Module, groups: list[SpikeGroup], ids: Tensor, share: float, allocate: Any, progress: bool
+    model: nn.Module,
+    groups: list[SpikeGroup],
+    ids: Tensor,
+    share: float,
+    allocate: Callable[[float], list[Tensor]],
+    progress: bool,
 ) -> dict[str, Any]:
-    """Set dead zones by `allocate(share)`, corrected until the spiking model itself reaches the share."""
+    """Set dead zones by `allocate(share)`; corrected once if the spiking model then misses the share."""
+    checked = _spread(ids, min(len(ids), max(_CHECKED // ids.shape[1], 1)))
     asked = share
-    for _ in range(_CORRECTIONS):
+    for _ in range(2):
         zones = allocate(asked)
         for group, zone in zip(groups, zones, strict=True):
             with torch.no_grad():
-                group.site.dead_zone.fill_(zone)
-        reached, sites = _measure(model, groups, ids, progress)
-        if abs(reached - share) < 2e-3:
+                group.site.dead_zone.copy_(zone.expand_as(group.site.dead_zone))
+        reached, sites = _measure(model, groups, checked, progress)
+        if abs(reached - share) < TOLERANCE:
             break
-        asked = min(max(asked + share - reached, 1e-4), 1 - 1e-4)
+        asked += share - reached
     names = [f"{group.layer_idx}.{group.name}" for group in groups]
     return {
         "silent_share_asked": share,
         "silent_share_reads": reached,
-        "dead_zone": dict(zip(names, (round(zone, 6) for zone in zones), strict=True)),
-        "silent_share": dict(zip(names, (round(s, 6) for s in sites), strict=True)),
+        "mean_dead_zone": {name: round(float(zone.mean()), 5) for name, zone in zip(names, zones, strict=True)},
+        "silent_share": {name: round(site, 5) for name, site in zip(names, sites, strict=True)},
     }
 
 

@@ -47,6 +47,8 @@ def reason(error: BaseException) -> str:
     """The first line of an error, as a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
+    if text.endswith(":") and len(lines) > 1:
+        text = f"{text} {lines[1]}"
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 

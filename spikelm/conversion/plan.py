@@ -4,7 +4,10 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from spikelm.configuration import CODES, MIXERS, SITES, THRESHOLDS, SpikeLMConfig
+from spikelm.conversion.checkpoints import reason
 
 ALLOCATIONS = ("gradient", "uniform")
 DEFAULT_WINDOW = 4096
@@ -24,12 +27,14 @@ class ConversionPlan:
         sinks: first tokens of a text that those windows keep seeing.
         sites: `all`, `none`, or a list of `qkv`, `o`, `gate_up`, `down`.
         code: `bitwise`, `ternary` or `twos_complement`; `binary` has no sign and cannot code these activations.
-        k: spike counts per mean magnitude.
+        k: spike counts per mean magnitude; None: 3 as published, or 4 with a silent share, where the dead zones
+            silence what a finer k no longer does.
         dead_zone: |x| below this share of the mean magnitude is silent, at every site alike.
         threshold: `token` (each token's own mean magnitude), or `calibrated`, `learned`: a mean stored per site.
         silent_share: calibrate the dead zones so that this share of the inputs of all sites, each weighted by the
             weights that it would read, is zero; in (0, 1). None: `dead_zone` as it is.
-        allocation: how a silent share is spread over the sites: `gradient` (where it costs least), `uniform`.
+        allocation: how a silent share is spread: `gradient` (per channel, where it costs least), or `uniform` (one
+            dead zone for all sites).
 
     Raises:
         ValueError: a choice that is unknown, or that contradicts another.
@@ -41,13 +46,15 @@ class ConversionPlan:
     sinks: int = 4
     sites: str | list[str] = "all"
     code: str = "bitwise"
-    k: float = 3.0
+    k: float | None = None
     dead_zone: float = 0.0
     threshold: str = "token"
     silent_share: float | None = None
     allocation: str = "gradient"
 
     def __post_init__(self) -> None:
+        if self.k is None:
+            object.__setattr__(self, "k", 3.0 if self.silent_share is None else 4.0)
         for name in [self.mixers] if isinstance(self.mixers, str) else self.mixers:
             if not str(name).startswith("uniform:"):
                 _mixer("mixers", name, "keep", *(["uniform:N"] if isinstance(self.mixers, str) else []))
@@ -137,9 +144,13 @@ class ConversionPlan:
             "spike_code": self.code,
             "spike_k": self.k,
             "spike_dead_zone": self.dead_zone,
+            "spike_dead_zone_per_channel": self.silent_share is not None and self.allocation == "gradient",
             "spike_threshold": self.threshold,
         }
-        return SpikeLMConfig(**source | changes)
+        try:
+            return SpikeLMConfig(**source | changes)
+        except StrictDataclassError as error:
+            raise ValueError(f"The plan and the source do not make a model: {reason(error.__cause__ or error)}") from error
 
     def _layer_mixers(self, own: list[str]) -> list[str]:
         if isinstance(self.mixers, str):
