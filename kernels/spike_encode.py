@@ -16,7 +16,10 @@ depend on the rows beside it, so a token is coded alike in prefill and in decodi
 import math
 
 import torch
+from spikelm.kernels.runtime import use_triton, wide_dtype
 from torch import Tensor
+
+_TRITON_WIDTH = 65536
 
 
 def spike_encode(
@@ -87,9 +90,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, *, eps: float, one_plus: bool = F
     one-plus weight. Returns [..., C] in the dtype of x.
     """
     _check_norm(x, weight)
-    dtype = _compute_dtype(x)
+    dtype = wide_dtype(x)
     v = x.to(dtype)
-    y = v * (1.0 / torch.sqrt(_fold(v * v) / x.shape[-1] + eps))
+    # Vector libraries miss the last bit of a float32 root; from float64 it rounds correctly.
+    root = torch.sqrt((_fold(v * v) / x.shape[-1] + eps).double()).to(dtype)
+    y = v * (1.0 / root)
     if weight is None:
         return y.to(x.dtype)
     if one_plus:
@@ -136,7 +141,7 @@ def spike_encode_reference(
     x: Tensor, k: Tensor, dead_zone: Tensor | None, magnitude: Tensor | None, max_count: int | None
 ) -> tuple[Tensor, Tensor]:
     """The definition of `spike_encode`, in plain torch; also its CPU path. Options are tensors or None."""
-    dtype = _compute_dtype(x)
+    dtype = wide_dtype(x)
     limits = torch.finfo(dtype)
     v = x.to(dtype)
     size = v.abs()
@@ -202,8 +207,9 @@ def _fold(v: Tensor) -> Tensor:
     return v
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
+def _on_triton(x: Tensor, *others: Tensor | None) -> bool:
+    """A program of the kernels holds a whole row; wider rows than it can take the torch path."""
+    return x.shape[-1] <= _TRITON_WIDTH and use_triton(x, *others)
 
 
 def _detach(t: Tensor | None) -> Tensor | None:
@@ -214,8 +220,7 @@ def _check(x, k, dead_zone, magnitude, max_count) -> tuple[Tensor, Tensor | None
     """Check the arguments of an encoder; scalars come back as tensors [1] beside x."""
     if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(
-            f"x: expected a floating tensor [..., C] with C >= 1, got {x.dtype} {list(x.shape)}; "
-            "cast or reshape it"
+            f"x: expected a floating tensor [..., C] with C >= 1, got {x.dtype} {list(x.shape)}; cast or reshape it"
         )
     channels = x.shape[-1]
     k = _as_tensor("k", k, x, (1,))
@@ -228,9 +233,7 @@ def _check(x, k, dead_zone, magnitude, max_count) -> tuple[Tensor, Tensor | None
     return k, dead_zone, magnitude
 
 
-def _as_tensor(
-    name: str, value: Tensor | float, x: Tensor, sizes: tuple[int, ...], positive: bool = True
-) -> Tensor:
+def _as_tensor(name: str, value: Tensor | float, x: Tensor, sizes: tuple[int, ...], positive: bool = True) -> Tensor:
     if isinstance(value, Tensor):
         if value.numel() not in sizes or value.dim() > 1:
             expected = " or ".join(f"[{size}]" for size in sizes)
@@ -241,7 +244,7 @@ def _as_tensor(
     low = "> 0" if positive else ">= 0"
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name}: expected a finite number {low}, got {value}; choose one in that range")
-    return torch.full((1,), float(value), dtype=_compute_dtype(x), device=x.device)
+    return torch.full((1,), float(value), dtype=wide_dtype(x), device=x.device)
 
 
 def _check_norm(x: Tensor, weight: Tensor | None) -> None:
@@ -256,12 +259,16 @@ def _check_norm(x: Tensor, weight: Tensor | None) -> None:
 def _spike_encode(
     x: Tensor, k: Tensor, dead_zone: Tensor | None, magnitude: Tensor | None, max_count: int | None
 ) -> tuple[Tensor, Tensor]:
+    if _on_triton(x, k, dead_zone, magnitude):
+        from spikelm.kernels.spike_encode_triton import encode_triton
+
+        return encode_triton(x, k, dead_zone, magnitude, max_count)
     return spike_encode_reference(x, k, dead_zone, magnitude, max_count)
 
 
 @_spike_encode.register_fake
 def _(x, k, dead_zone, magnitude, max_count):
-    dtype = _compute_dtype(x)
+    dtype = wide_dtype(x)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=dtype)
 
 
@@ -276,13 +283,18 @@ def _rms_norm_spike_encode(
     eps: float,
     one_plus: bool,
 ) -> tuple[Tensor, Tensor]:
+    if _on_triton(x, weight, k, dead_zone, magnitude):
+        from spikelm.kernels.spike_encode_triton import encode_triton
+
+        norm = 1 if weight is None else 3 if one_plus else 2
+        return encode_triton(x, k, dead_zone, magnitude, max_count, norm=norm, weight=weight, eps=eps)
     y = rms_norm(x, weight, eps=eps, one_plus=one_plus)
     return spike_encode_reference(y, k, dead_zone, magnitude, max_count)
 
 
 @_rms_norm_spike_encode.register_fake
 def _(x, weight, k, dead_zone, magnitude, max_count, eps, one_plus):
-    dtype = _compute_dtype(x)
+    dtype = wide_dtype(x)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=dtype)
 
 
@@ -290,6 +302,10 @@ def _(x, weight, k, dead_zone, magnitude, max_count, eps, one_plus):
 def _spike_quantize(
     x: Tensor, k: Tensor, dead_zone: Tensor | None, magnitude: Tensor | None, max_count: int | None
 ) -> Tensor:
+    if _on_triton(x, k, dead_zone, magnitude):
+        from spikelm.kernels.spike_encode_triton import encode_triton
+
+        return encode_triton(x, k, dead_zone, magnitude, max_count, values=True)[0]
     return spike_quantize_reference(x, k, dead_zone, magnitude, max_count)
 
 
@@ -307,12 +323,16 @@ def _spike_quantize_backward(
     magnitude: Tensor | None,
     max_count: int | None,
 ) -> tuple[Tensor, Tensor]:
+    if _on_triton(x, k, dead_zone, magnitude):
+        from spikelm.kernels.spike_encode_triton import quantize_backward_triton
+
+        return quantize_backward_triton(dy, x, k, dead_zone, magnitude, max_count)
     return spike_quantize_backward_reference(dy, x, k, dead_zone, magnitude, max_count)
 
 
 @_spike_quantize_backward.register_fake
 def _(dy, x, k, dead_zone, magnitude, max_count):
-    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=_compute_dtype(x))
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide_dtype(x))
 
 
 def _setup(ctx, inputs, output) -> None:
