@@ -1,0 +1,155 @@
+"""The command line from end to end on a tiny model, and its errors: one line, exit code 2, nothing left behind."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_tokenizer import letters
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from spikelm.cli import main
+
+PROSE = "the quick brown fox jumps over the lazy dog while seven grey mice watch the moon rise slowly. "
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder with a tiny Llama and a tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = letters()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("texts") / "prose.txt"
+    file.write_text(PROSE * 60)
+    return file
+
+
+@pytest.fixture(scope="module")
+def converted(source, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "spiking"
+    command = ["convert", source, out, "--k", "4", "--silent-share", "0.3", "--calibration-text", text]
+    assert call(*command) == 0
+    return out
+
+
+def call(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_convert_writes_a_model_that_loads(converted):
+    record = json.loads((converted / "conversion.json").read_text())
+    assert record["plan"]["k"] == 4 and record["source"]["family"]
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    assert model.config.sites_at(1) == ("qkv", "o", "gate_up", "down")
+    assert model.model.layers[0].ffn.down_site.dead_zone.max() > 0
+
+
+@pytest.mark.parametrize("execute", ["counts", "trains"])
+def test_generate_streams_text_and_says_how_silent_it_was(converted, execute, capsys):
+    assert call("generate", converted, "--prompt", "the quick", "--max-new-tokens", 6, "--execute", execute) == 0
+    out, err = capsys.readouterr()
+    assert out.strip()
+    assert "6 tokens" in err and "weight reads" in err
+
+
+def test_generate_runs_a_plain_source_too(source, capsys):
+    assert call("generate", source, "--prompt", "the quick", "--max-new-tokens", 4, "--raw") == 0
+    assert capsys.readouterr().out.startswith("the quick")
+
+
+def test_eval_writes_a_report(converted, source, text, tmp_path):
+    options = ["--tokens", 512, "--window", 128, "--curve-tokens", 128, "--calibration-text", text]
+    assert call("eval", converted, "--baseline", source, "--text", text, "--out", tmp_path / "report", *options) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["perplexity_ratio"] > 0 and 0.2 < report["silent_share_reads"] < 0.4
+    assert {path.suffix for path in (tmp_path / "report").iterdir()} == {".json", ".md", ".png"}
+
+
+def test_eval_on_trains_agrees_with_counts(converted, source, text, tmp_path):
+    options = ["--tokens", 256, "--window", 128, "--curve-tokens", 0, "--no-controls", "--dtype", "float64"]
+    reports = []
+    for execute in ("counts", "trains"):
+        out = tmp_path / execute
+        command = ["eval", converted, "--baseline", source, "--text", text, "--out", out, "--execute", execute]
+        assert call(*command, *options) == 0
+        reports.append(json.loads((out / "report.json").read_text()))
+    for key in ("perplexity_ratio", "kl_nats", "silent_share", "silent_share_reads"):
+        assert reports[0][key] == pytest.approx(reports[1][key], abs=1e-9)
+
+
+def test_quickstart_does_the_whole_job_twice(source, tmp_path, capsys):
+    out = tmp_path / "quickstart"
+    for _ in range(2):
+        assert call("quickstart", "--model", source, "--out", out, "--tokens", 1024, "--curve-tokens", 512) == 0
+        files = {path.name for path in out.iterdir()}
+        assert {"conversion.json", "report.json", "report.md", "model.safetensors", "tokenizer.json"} <= files
+        assert len([name for name in files if name.endswith(".png")]) >= 3
+    assert json.loads((out / "conversion.json").read_text())["measured"]["perplexity_ratio"] > 0
+    assert "perplexity ratio" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["convert", "nowhere", "OUT"], "does not exist"),
+        (["convert", "SOURCE", "OUT", "--mixers", "mamba"], "mamba"),
+        (["convert", "SOURCE", "OUT", "--mixers", "gla,gla,gla"], "the source has 2"),
+        (["convert", "SOURCE", "OUT", "--spikes", "qkv,v"], "qkv, o, gate_up, down"),
+        (["convert", "SOURCE", "OUT", "--code", "binary"], "binary"),
+        (["convert", "SOURCE", "OUT", "--silent-share", "1.5"], "between 0 and 1"),
+        (["convert", "SOURCE", "OUT", "--calibration-text", "nowhere.txt"], "no such file"),
+        (["convert", "SOURCE", "SOURCE"], "exists already"),
+        (["generate", "nowhere", "--prompt", "x"], "does not exist"),
+        (["generate", "CONVERTED", "--prompt", ""], "prompt is empty"),
+        (["generate", "SOURCE", "--prompt", "the", "--execute", "trains"], "no spike sites"),
+        (["eval", "CONVERTED", "--baseline", "SOURCE", "--text", "nowhere.txt", "--out", "OUT"], "no such file"),
+        (["eval", "CONVERTED", "--baseline", "nowhere", "--text", "TEXT", "--out", "OUT"], "does not exist"),
+        (["eval", "CONVERTED", "--text", "TEXT", "--out", "OUT"], "--baseline"),
+        (["quickstart", "--model", "nowhere", "--out", "OUT"], "does not exist"),
+        (["quickstart", "--out", "SOURCE"], "never overwritten"),
+        (["frobnicate"], "No such command"),
+        (["convert", "SOURCE"], "OUT"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(arguments, said, source, converted, text, tmp_path, capsys):
+    places = {"SOURCE": source, "CONVERTED": converted, "TEXT": text, "OUT": tmp_path / "out"}
+    before = sorted(tmp_path.iterdir())
+    assert call(*[places.get(argument, argument) for argument in arguments]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("spikelm: error: ") and said in last
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_damaged_model_is_one_line(converted, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in converted.iterdir():
+        content = path.read_bytes()
+        (damaged / path.name).write_bytes(content[:-100] if path.suffix == ".safetensors" else content)
+    assert call("generate", damaged, "--prompt", "the") == 2
+    assert "damaged or truncated" in capsys.readouterr().err
+
+
+def test_the_installed_command_exits_with_two():
+    done = subprocess.run(
+        [sys.executable, "-m", "spikelm.cli", "generate", "nowhere", "--prompt", "x"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
