@@ -22,9 +22,9 @@ class ConversionPlan:
             `uniform:N` (every Nth layer keeps its own, the others become `target`), or a list with one entry per
             layer, `keep` among the possible ones.
         target: the mixer of the layers that `uniform:N` changes.
-        window: width of the sliding windows that the plan introduces, in tokens; default: 4096, or the model's
-            longest text if that is shorter.
-        sinks: first tokens of a text that those windows keep seeing.
+        window: width, in tokens, of the sliding windows in layers that the plan names; default: the source's own,
+            or 4096, or the model's longest text if that is shorter.
+        sinks: first tokens of a text that windows which the source does not have keep seeing.
         sites: `all`, `none`, or a list of `qkv`, `o`, `gate_up`, `down`.
         code: `bitwise`, `ternary` or `twos_complement`; `binary` has no sign and cannot code these activations.
         k: spike counts per mean magnitude; None: 3 as published, or 4 with a silent share, where the dead zones
@@ -55,10 +55,12 @@ class ConversionPlan:
     def __post_init__(self) -> None:
         if self.k is None:
             object.__setattr__(self, "k", 3.0 if self.silent_share is None else 4.0)
-        for name in [self.mixers] if isinstance(self.mixers, str) else self.mixers:
-            if not str(name).startswith("uniform:"):
-                _mixer("mixers", name, "keep", *(["uniform:N"] if isinstance(self.mixers, str) else []))
-        self._period()
+        if isinstance(self.mixers, str):
+            if self._period() is None:
+                _mixer("mixers", self.mixers, "keep", "uniform:N")
+        else:
+            for name in self.mixers:
+                _mixer("mixers", name, "keep")
         _mixer("target", self.target)
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise ValueError(f"window must be a whole number of tokens, at least 1; got {self.window!r}.")
@@ -123,23 +125,25 @@ class ConversionPlan:
         """
         layers = source["num_hidden_layers"]
         own = source["mixers"] if isinstance(source["mixers"], list) else [source["mixers"]] * layers
-        mixers = self._layer_mixers(own)
-        changed = [new != old for new, old in zip(mixers, own, strict=True)]
-        sliding = [c and "swa" in m.split("+") for c, m in zip(changed, mixers, strict=True)]
-        if self.window is not None and not any(sliding):
-            raise ValueError(
-                f"window is {self.window}, but the plan gives no layer a new sliding window; leave it out."
-            )
-        width = self.window or min(DEFAULT_WINDOW, source["max_position_embeddings"])
-        own_windows = source.get("attention_window") or [None] * layers
+        widths = source.get("attention_window") or [None] * layers
+        entries = self._entries(layers)
+        mixers = [old if entry == "keep" else entry for entry, old in zip(entries, own, strict=True)]
+        # A window of the source stays as it is, unless the plan names the layer and gives another width.
+        new = [
+            "swa" in entry.split("+") and (width is None or self.window is not None)
+            for entry, width in zip(entries, widths, strict=True)
+        ]
+        if self.window is not None and not any(new):
+            raise ValueError(f"window is {self.window}, but the plan gives no layer a window; leave it out.")
+        chosen = self.window or min(DEFAULT_WINDOW, source["max_position_embeddings"])
         windows = [
-            width if s else own if "swa" in mixer else None
-            for s, own, mixer in zip(sliding, own_windows, mixers, strict=True)
+            chosen if n else width if "swa" in mixer.split("+") else None
+            for n, width, mixer in zip(new, widths, mixers, strict=True)
         ]
         changes = {
             "mixers": mixers,
             "attention_window": windows if any(windows) else None,
-            "attention_sinks": [self.sinks if s else 0 for s in sliding] if any(sliding) else 0,
+            "attention_sinks": [self.sinks if n else 0 for n in new] if any(new) else 0,
             "spike_sites": self.site_names or None,
             "spike_code": self.code,
             "spike_k": self.k,
@@ -150,18 +154,21 @@ class ConversionPlan:
         try:
             return SpikeLMConfig(**source | changes)
         except StrictDataclassError as error:
-            raise ValueError(f"The plan and the source do not make a model: {reason(error.__cause__ or error)}") from error
+            raise ValueError(
+                f"The plan and the source do not make a model: {reason(error.__cause__ or error)}"
+            ) from error
 
-    def _layer_mixers(self, own: list[str]) -> list[str]:
+    def _entries(self, layers: int) -> list[str]:
+        """What the plan says of every layer: a mixer, or `keep`."""
         if isinstance(self.mixers, str):
             if period := self._period():
-                return [m if (i + 1) % period == 0 else self.target for i, m in enumerate(own)]
-            return own if self.mixers == "keep" else [self.mixers] * len(own)
-        if len(self.mixers) != len(own):
+                return ["keep" if (i + 1) % period == 0 else self.target for i in range(layers)]
+            return [self.mixers] * layers
+        if len(self.mixers) != layers:
             raise ValueError(
-                f"mixers lists {len(self.mixers)} layers, but the source has {len(own)}; give one entry per layer."
+                f"mixers lists {len(self.mixers)} layers, but the source has {layers}; give one entry per layer."
             )
-        return [old if new == "keep" else new for new, old in zip(self.mixers, own, strict=True)]
+        return list(self.mixers)
 
     def _period(self) -> int | None:
         if not isinstance(self.mixers, str) or not self.mixers.startswith("uniform:"):
@@ -218,6 +225,6 @@ def _mixer(field: str, name: Any, *others: str) -> None:
     parts = str(name).split("+")
     known = all(part in MIXERS for part in parts) and len(set(parts)) == len(parts) <= 2
     pair = len(parts) == 1 or "gla" in parts
-    if not isinstance(name, str) or not (name in others or (known and pair)):
+    if name not in others and not (known and pair):
         allowed = (*others, *MIXERS, "gla+swa", "gla+attention")
         raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {name!r}.")
