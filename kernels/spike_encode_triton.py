@@ -73,7 +73,7 @@ def encode_kernel(
 ):  # fmt: skip
     """Counts and thresholds of R rows, or with VALUES their products in the dtype of x (into `counts`).
 
-    NORM: 0 none, 1 RMSNorm, 2 RMSNorm times weight, 3 RMSNorm times (weight + 1). ZONE: 0 none, 1 shared, 2 per channel.
+    NORM: 0 none, 1 RMSNorm, 2 also times weight, 3 also times (weight + 1). ZONE: 0 none, 1 shared, 2 per channel.
     """
     o_r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     o_c = tl.arange(0, P)

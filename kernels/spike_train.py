@@ -12,6 +12,7 @@ left; the other two send the most significant bit first (SpikingBrain, arXiv 250
 """
 
 import torch
+from spikelm.kernels.runtime import use_triton
 from torch import Tensor
 
 CODES = ("binary", "ternary", "bitwise", "twos_complement")
@@ -141,8 +142,7 @@ def pack(trains: Tensor, *, signed: bool | None = None) -> Tensor:
     """
     if trains.dim() < 2 or trains.dtype is not torch.int8:
         raise ValueError(
-            f"trains: expected int8 [T, ..., C], got {trains.dtype} {list(trains.shape)}; "
-            "`expand` makes such trains"
+            f"trains: expected int8 [T, ..., C], got {trains.dtype} {list(trains.shape)}; `expand` makes such trains"
         )
     if signed is None:
         signed = bool((trains < 0).any())
@@ -286,6 +286,10 @@ def _check_slots(code: str, slots: int) -> None:
 @torch.library.custom_op("spikelm::spike_expand", mutates_args=())
 def _expand(counts: Tensor, code: str, slots: int) -> Tensor:
     _check_fit(counts, code, slots)
+    if use_triton(counts):
+        from spikelm.kernels.spike_train_triton import expand_triton
+
+        return expand_triton(counts, code, slots)
     return expand_reference(counts, code, slots)
 
 
@@ -296,6 +300,10 @@ def _(counts, code, slots):
 
 @torch.library.custom_op("spikelm::spike_collapse", mutates_args=())
 def _collapse(trains: Tensor, code: str, dtype: torch.dtype) -> Tensor:
+    if use_triton(trains):
+        from spikelm.kernels.spike_train_triton import collapse_triton
+
+        return collapse_triton(trains, code, dtype)
     return collapse_reference(trains, code, dtype)
 
 
@@ -306,6 +314,10 @@ def _(trains, code, dtype):
 
 @torch.library.custom_op("spikelm::bit_spikes", mutates_args=())
 def _bit_spikes(counts: Tensor, code: str, slots: int) -> Tensor:
+    if use_triton(counts):
+        from spikelm.kernels.spike_train_triton import bit_spikes_triton
+
+        return bit_spikes_triton(counts, code, slots)
     return bit_spikes_reference(counts, code, slots)
 
 
@@ -316,6 +328,10 @@ def _(counts, code, slots):
 
 @torch.library.custom_op("spikelm::spike_pack", mutates_args=())
 def _pack(trains: Tensor, planes: int) -> Tensor:
+    if use_triton(trains):
+        from spikelm.kernels.spike_train_triton import pack_triton
+
+        return pack_triton(trains, planes)
     return pack_reference(trains, planes)
 
 
@@ -326,6 +342,10 @@ def _(trains, planes):
 
 @torch.library.custom_op("spikelm::spike_unpack", mutates_args=())
 def _unpack(packed: Tensor, channels: int) -> Tensor:
+    if use_triton(packed):
+        from spikelm.kernels.spike_train_triton import unpack_triton
+
+        return unpack_triton(packed, channels)
     return unpack_reference(packed, channels)
 
 
