@@ -63,11 +63,12 @@ def uniform_dead_zone(model: nn.Module, dead_zone: float) -> Any:
 
 
 @contextmanager
-def allocated(model: nn.Module, dead_zones: dict[str, float]) -> Iterator[None]:
-    """Give every site its own dead zone, in mean magnitudes: site path -> dead zone."""
+def allocated(model: nn.Module, dead_zones: dict[str, Tensor]) -> Iterator[None]:
+    """Give every site its own dead zones, in mean magnitudes: site path -> `[1]` or `[width]`."""
     with restored_sites(model):
         for group in spike_groups(model):
-            group.site.dead_zone.data.fill_(dead_zones[group.path])
+            zone = dead_zones[group.path]
+            group.site.dead_zone.data = zone.to(group.site.dead_zone)  # a site may hold one number or one per channel
         yield
 
 
@@ -154,15 +155,17 @@ class MagnitudeProfile:
 
     def dead_zone(self, share: float) -> float:
         """The one dead zone that silences this share of the reads; 0 if rounding alone silences more."""
+        if self.silent_share(0.0) >= share:
+            return 0.0
         low, high = 0.0, 1.0
-        while self._silent(high) < share and high < 1e6:
+        while self.silent_share(high) < share and high < 1e6:
             high *= 2
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._silent(middle) < share else (low, middle)
-        return 0.0 if low == 0.0 else (low + high) / 2
+            low, high = (middle, high) if self.silent_share(middle) < share else (low, middle)
+        return (low + high) / 2
 
-    def _silent(self, dead_zone: float) -> float:
+    def silent_share(self, dead_zone: float) -> float:
         """Silent share (reads) at one dead zone; what rounds to zero is silent, too."""
         silent = reads = 0.0
         for group in self.groups:

@@ -21,7 +21,7 @@ from spikelm.eval.controls import MagnitudeProfile
 from spikelm.eval.data import Text, TokenizedText, spread, tokenize
 from spikelm.eval.fidelity import Row, compare, run
 from spikelm.eval.report import build, environment, write_report
-from spikelm.eval.rows import TARGETS, control_rows, curve_rows, curve_windows, model_row
+from spikelm.eval.rows import TARGETS, calibrated_allocation, control_rows, curve_rows, curve_windows, model_row
 from spikelm.eval.speed import tokens_per_second
 from spikelm.spiking.site import spike_groups
 from spikelm.spiking.trains import execute_trains
@@ -79,6 +79,7 @@ def evaluate(
     cut = [tokenize(text, tokenizer, tokens, window) for text in texts]
     apply: Callable[[], AbstractContextManager] = partial(execute_trains, model) if execute == "trains" else nullcontext
     calibration = calibration or Text("Python reference topics", calibration_sample(), "pydoc_data.topics")
+    held_out: list[Tensor] = []
     windows = curve_windows(cut, curve_tokens)
     with _evaluating(model, baseline):
         load = list(psutil.getloadavg())
@@ -90,7 +91,7 @@ def evaluate(
             if controls:
                 rows += control_rows(model, cut, profile, progress)
             if curve:
-                allocate = lambda share: dict.fromkeys(profile.sizes, profile.dead_zone(share))
+                allocate = calibrated_allocation(model, held_out, progress)
                 rows += curve_rows(model, profile, allocate, windows, TARGETS)
         total = _forward_tokens(cut, rows)
         with tqdm(total=total, desc="Evaluating", unit="tok", unit_scale=True, disable=not progress) as bar:
@@ -103,7 +104,15 @@ def evaluate(
         windows if spiking and curve else None,
         model,
         speed={"tokens_per_second": speed, "load_average": load},
-        measured_on=environment(model, baseline, names) | {"execute": execute, "calibration": calibration.source},
+        measured_on={
+            "calibration": {
+                "name": calibration.name if held_out else None,
+                "source": calibration.source if held_out else None,
+                "tokens": sum(map(len, held_out)),
+            },
+            "execute": execute,
+            **environment(model, baseline, names),
+        },
     )
     if out is not None:
         write_report(report, out)

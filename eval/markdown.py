@@ -219,7 +219,7 @@ def _measured_on(on: dict[str, Any]) -> str:
         "baseline": f"{on['baseline']} ({on['dtype']['baseline']})",
         "spike code": on["code"] and f"{on['code']}, threshold per {on['threshold']}, "
         f"k = {', '.join(f'{k:g}' for k in on['k'])}, run on {on['execute']}",
-        "thresholds of controls and curve": on["calibration"] and f"calibrated on {on['calibration']}",
+        "thresholds of controls and curve": _calibration(on["calibration"]),
         "machine": f"{on['cpu']}, {on['threads']} of {on['cores']} threads, {on['platform']}, device {on['device']}",
         "most memory held by the process": memory,
         "versions": versions,
@@ -227,6 +227,10 @@ def _measured_on(on: dict[str, Any]) -> str:
     }
     lines = [f"- {name}: {value}" for name, value in facts.items() if value]
     return _table(head, texts) + "\n\n" + "\n".join(lines)
+
+
+def _calibration(text: dict[str, Any]) -> str:
+    return f"found on {text['tokens']:,} tokens of {text['name']} ({text['source']})" if text["tokens"] else ""
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

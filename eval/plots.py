@@ -35,6 +35,7 @@ _FAMILIES = {
 # Slots that a raster shows of every train; larger counts are drawn with all slots full.
 _SLOTS = {"bitwise": 4, "twos_complement": 5, "ternary": 8, "binary": 8}
 _NEURONS, _TOKENS = 48, 24
+_TICKS = (0.5, 0.7, 0.8, 0.9, 1, 1.05, 1.1, 1.2, 1.35, 1.5, 2, 3, 5, 10, 30, 100, 1000)
 
 
 def write(report: dict[str, Any], model: nn.Module, tokenizer: Any, prompt: str, out: str | Path) -> list[Path]:
@@ -82,7 +83,9 @@ def raster(model: nn.Module, tokenizer: Any, prompt: str) -> Figure:
         ax.set_axis_on()
         _draw_trains(ax, counts[group.path], code, slots)
         ax.set_title(f"layer {group.layer_idx}, {group.name} site", fontsize=11)
-        ax.set_ylabel(f"channel (every {max(1, group.site.width // _NEURONS)}th)")
+        step = _step(group.site)
+        ax.set_ylabel("channel" if step == 1 else f"channel (one in {step} shown)")
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda row, _, step=step: f"{row * step:.0f}"))
         ax.set_xticks([slots * (t + 0.5) - 0.5 for t in range(len(ids))])
         ax.set_xticklabels([])
         if group.layer_idx == layers[-1]:
@@ -126,7 +129,7 @@ def sites(report: dict[str, Any]) -> Figure:
         ax.set_ylabel(unit)
         ax.set_xlabel("layer")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.08 * ax.dataLim.ymax)
         _plain(ax)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, title="site", loc="outside right center", frameon=False)
@@ -153,11 +156,10 @@ def curve(report: dict[str, Any]) -> Figure:
     ax.axhline(1, color=GREY, linewidth=1, linestyle=":")
     ax.set_yscale("log")
     top = max([*shown, 1.2])
-    ticks = [t for t in (1, 1.05, 1.1, 1.2, 1.35, 1.5, 2, 3, 5, 10, 30, 100, 1000) if t <= 1.15 * top]
-    ax.yaxis.set_major_locator(FixedLocator(ticks))
+    ax.yaxis.set_major_locator(FixedLocator(_TICKS))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.set_ylim(0.985, 1.08 * top)
+    ax.set_ylim(min([0.985, *(0.99 * ratio for ratio in shown)]), 1.08 * top)
     ax.set_xlim(left=0)
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_xlabel("silent share, weighted by reads (% of the weight reads behind spike sites)")
@@ -183,8 +185,7 @@ def _counts(model: nn.Module, ids: Tensor, groups: list[SpikeGroup]) -> dict[str
     paths = {group.site: group.path for group in groups}
 
     def observe(site: SpikeSite, counts: Tensor, threshold: Tensor, context: Any) -> None:
-        step = max(1, site.width // _NEURONS)
-        seen[paths[site]] = counts[0, :, ::step][:, :_NEURONS].cpu()
+        seen[paths[site]] = counts[0, :, :: _step(site)][:, :_NEURONS].cpu()
 
     for group in groups:
         group.site.observers.append(observe)
@@ -194,6 +195,10 @@ def _counts(model: nn.Module, ids: Tensor, groups: list[SpikeGroup]) -> dict[str
         for group in groups:
             group.site.observers.remove(observe)
     return seen
+
+
+def _step(site: SpikeSite) -> int:
+    return max(1, site.width // _NEURONS)
 
 
 def _draw_trains(ax: Axes, counts: Tensor, code: str, slots: int) -> None:

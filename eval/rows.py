@@ -1,25 +1,28 @@
 """The rows of an evaluation: the model, its controls at the same silent share, and the points of the curve."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spikelm.conversion.allocation import ActivationProfile
+from spikelm.conversion.calibration import _run_with_gradients
 from spikelm.eval import controls
 from spikelm.eval.controls import MagnitudeProfile, match_share
 from spikelm.eval.data import TokenizedText
 from spikelm.eval.fidelity import Row, run_counted
-from spikelm.spiking.site import spike_groups
+from spikelm.spiking.site import SpikeGroup, spike_groups
 
 PLAIN_K = 3.0
 TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6)
 _PROBE_WINDOWS = 2
 
-# Silent share -> site path -> dead zone: how an allocation spreads a share over the sites.
-Allocation = Callable[[float], dict[str, float]]
+# Silent share -> site path -> dead zones: how an allocation spreads a share over the sites.
+Allocation = Callable[[float], dict[str, Tensor]]
 
 
 def model_row(model: nn.Module, apply: Callable[[], AbstractContextManager]) -> Row:
@@ -73,18 +76,44 @@ def control_rows(
 def curve_rows(
     model: nn.Module, profile: MagnitudeProfile, allocate: Allocation, windows: list[int], targets: tuple[float, ...]
 ) -> list[Row]:
-    """For every target share: the calibrated allocation, one dead zone for all sites, and TEAL."""
+    """For every target share: the calibrated allocation, one dead zone for all sites, and TEAL.
+
+    Targets that rounding alone exceeds have no dead zone and are left out.
+    """
     rows = []
     for target in targets:
+        if target <= profile.silent_share(0.0):
+            continue
         dead_zone = profile.dead_zone(target)
         families = {
-            "calibrated": (partial(controls.allocated, model, allocate(target)), None),
             "uniform_dead_zone": (partial(controls.uniform_dead_zone, model, dead_zone), dead_zone),
             "teal": (partial(controls.teal, model, profile.thresholds(target)), None),
         }
+        with suppress(ValueError):  # a share that the allocation cannot reach has no point
+            families["calibrated"] = (partial(controls.allocated, model, allocate(target)), None)
         for family, (apply, zone) in families.items():
-            rows.append(Row(family, apply, windows, {"target_silent_share": target, "dead_zone": zone}))
+            setting = _setting() | {"target_silent_share": target, "dead_zone": zone}
+            rows.append(Row(family, apply, windows, setting))
     return rows
+
+
+def calibrated_allocation(model: nn.Module, windows: list[Tensor], progress: bool = False) -> Allocation:
+    """The allocation that a conversion calibrates, from one pass forward and back over calibration windows."""
+    groups = list(spike_groups(model))
+    profile = ActivationProfile(groups)
+    order = {group.path: index for index, group in enumerate(groups)}
+
+    def passing(group: SpikeGroup) -> controls.Substitute:
+        def see(x: Tensor) -> Tensor:
+            profile.see(order[group.path], x)
+            return x
+
+        return see
+
+    ids = torch.stack(windows).to(next(model.parameters()).device)
+    with controls.substituted(model, passing):
+        _run_with_gradients(model, ids, progress)
+    return lambda share: {group.path: zone for group, zone in zip(groups, profile.by_gradient(share))}
 
 
 def curve_windows(texts: list[TokenizedText], tokens: int) -> list[int]:
