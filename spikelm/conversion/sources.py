@@ -136,7 +136,10 @@ def _from_folder(folder: Path, name: str, progress: bool, kind: str = "folder") 
     tensors = read_checkpoint(folder, progress)
     opened = Source(name, kind, config, tensors, _dtype_of(config, tensors))
     if (folder / "generation_config.json").is_file():
-        opened.generation_config = _usable(GenerationConfig.from_pretrained(folder))
+        try:
+            opened.generation_config = _usable(GenerationConfig.from_pretrained(folder))
+        except Exception as error:
+            opened.notes.append(f"The source's generation_config.json could not be read: {reason(error)}")
     _read_surroundings(opened, folder)
     return opened
 
@@ -179,7 +182,6 @@ def _from_gguf(path: Path, name: str) -> Source:
         model, info = AutoModelForCausalLM.from_pretrained(
             place, config=config, gguf_file=gguf, dtype=torch.float32, output_loading_info=True
         )
-        own = AutoTokenizer.from_pretrained(place, gguf_file=gguf)
     except Exception as error:
         raise ValueError(f"{name} is damaged: {reason(error)} Get the file again.") from error
     lacking = [key for key in info["missing_keys"] if not (key == "lm_head.weight" and config.tie_word_embeddings)]
@@ -189,7 +191,9 @@ def _from_gguf(path: Path, name: str) -> Source:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     tensors = {key: tensor.detach() for key, tensor in model.state_dict().items()}
-    opened = Source(name, "gguf", model.config, tensors, torch.float32, own, _usable(model.generation_config))
+    opened = Source(name, "gguf", model.config, tensors)
+    opened.generation_config = _usable(model.generation_config)
+    _read_tokenizer(opened, place, gguf_file=gguf)
     opened.licence = metadata["license"]
     opened.licence_files = _licences(path.parent)
     return opened
@@ -219,8 +223,12 @@ def _read_surroundings(opened: Source, folder: Path) -> None:
         opened.licence = stated.group(1) if stated else None
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return
+    _read_tokenizer(opened, folder)
+
+
+def _read_tokenizer(opened: Source, folder: str | Path, **where: str) -> None:
     try:
-        opened.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        opened.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
     except Exception as error:
         opened.notes.append(f"The source's tokenizer could not be loaded: {reason(error)}")
 

@@ -40,7 +40,7 @@ def test_unfit_plan_is_one_line(choices, message):
 
 @pytest.mark.parametrize(
     "choices, message",
-    [({"mixers": ["gla", "keep"]}, "lists 2 layers, but the source has 4"), ({"window": 8}, "no layer a new")],
+    [({"mixers": ["gla", "keep"]}, "lists 2 layers, but the source has 4"), ({"window": 8}, "no layer a window")],
 )
 def test_plan_that_does_not_fit_the_source(choices, message):
     with pytest.raises(ValueError, match=message):
