@@ -2,6 +2,7 @@
 
     nll     -log p(token | the window so far), natural logarithm, mean over the predicted tokens
     ratio   exp(nll of the model - nll of the baseline) = perplexity over perplexity
+    error   standard error of the ratio, from the spread of the difference in nll from token to token
     kl      mean over the predicted tokens of sum_v p_baseline(v) (log p_baseline(v) - log p_model(v)), in nats
     top-1   share of the predicted tokens where both find the same token most likely
 
@@ -28,7 +29,7 @@ _CHUNK = 64  # tokens whose probabilities are taken at once: keeps the temporari
 
 @dataclass(frozen=True)
 class WindowScore:
-    """Sums over the predicted tokens of one window; nll and kl in nats."""
+    """Sums over the predicted tokens of one window; nll and kl in nats, `squares` of the differences in nll."""
 
     predicted: int
     text_bytes: int
@@ -36,6 +37,7 @@ class WindowScore:
     baseline_nll: float
     kl: float
     agreed: int
+    squares: float
 
 
 @dataclass(frozen=True)
@@ -148,17 +150,19 @@ def score(window: Tensor, logits: Tensor, reference: Tensor, text_bytes: int) ->
             "model with the one that it was converted from."
         )
     device, predicted = reference.device, len(window) - 1
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     for start in range(0, predicted, _CHUNK):
         chunk = slice(start, min(start + _CHUNK, predicted))
         targets = window[chunk.start + 1 : chunk.stop + 1, None].to(device)
         ours, theirs = _log_softmax(logits[chunk].to(device)), reference[chunk]
-        sums[0] -= ours.gather(1, targets).sum(dtype=torch.float64)
-        sums[1] -= theirs.gather(1, targets).sum(dtype=torch.float64)
+        nll, base = (-p.gather(1, targets).double() for p in (ours, theirs))
+        sums[0] += nll.sum()
+        sums[1] += base.sum()
         sums[2] += (theirs.exp() * (theirs - ours)).sum(1).sum(dtype=torch.float64)
         sums[3] += (ours.argmax(1) == theirs.argmax(1)).sum()
-    nll, baseline_nll, kl, agreed = sums.tolist()
-    return WindowScore(predicted, text_bytes, nll, baseline_nll, kl, int(agreed))
+        sums[4] += (nll - base).square().sum()
+    nll_sum, base_sum, kl, agreed, squares = sums.tolist()
+    return WindowScore(predicted, text_bytes, nll_sum, base_sum, kl, int(agreed), squares)
 
 
 def combine(scores: list[WindowScore]) -> dict[str, Any]:
@@ -166,9 +170,12 @@ def combine(scores: list[WindowScore]) -> dict[str, Any]:
     tokens = sum(s.predicted for s in scores)
     text_bytes = sum(s.text_bytes for s in scores)
     nll, baseline = sum(s.nll for s in scores) / tokens, sum(s.baseline_nll for s in scores) / tokens
+    ratio = _exp(nll - baseline)
+    variance = max(0.0, sum(s.squares for s in scores) / tokens - (nll - baseline) ** 2)
     bits = tokens / math.log(2) / max(text_bytes, 1)
     return {
-        "perplexity_ratio": _exp(nll - baseline),
+        "perplexity_ratio": ratio,
+        "perplexity_ratio_error": None if ratio is None else ratio * math.sqrt(variance / tokens),
         "top1_agreement": sum(s.agreed for s in scores) / tokens,
         # The sum of tiny terms of both signs may end below zero by rounding.
         "kl_nats": max(0.0, sum(s.kl for s in scores) / tokens),

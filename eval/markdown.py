@@ -53,7 +53,7 @@ def _opening(report: dict[str, Any]) -> str:
     texts = report["measured_on"]["texts"]
     tokens = sum(text["tokens"] for text in texts)
     lines = [
-        f"Perplexity is **{_number(report['perplexity_ratio'], 4)} times** that of the baseline "
+        f"Perplexity is **{_ratio(report)} times** that of the baseline "
         f"({_number(report['perplexity']['model'])} against {_number(report['perplexity']['baseline'])} per token), "
         f"the likeliest next token is the same in {_percent(report['top1_agreement'])} of all cases, "
         f"and the predictions differ by {_number(report['kl_nats'], 4)} nats per token (KL, baseline against model)."
@@ -77,7 +77,7 @@ def _rows_table(rows: list[dict[str, Any]]) -> str:
             [
                 NAMES[row["name"]],
                 _number(row["perplexity"]),
-                _number(row["perplexity_ratio"], 4) + loss,
+                _ratio(row) + loss,
                 _number(row["kl_nats"], 4),
                 _percent(row["top1_agreement"]),
                 _percent(row["silent_share_reads"]),
@@ -114,6 +114,7 @@ def _notes(rows: list[dict[str, Any]]) -> str:
     lines = [f"- {NAMES[row['name']]}: {_EXPLAINED[row['name']]}." for row in rows if row["name"] in _EXPLAINED]
     if any(row["name"] == "uniform_dead_zone" for row in rows):
         lines.append("- loss: perplexity ratio - 1, of this model over that of the uniform dead zone.")
+    lines.append("- ±: standard error over tokens. Rounding moves single spikes, so that rows scatter by as much.")
     return "\n".join(lines)
 
 
@@ -171,7 +172,7 @@ def _curve(points: list[dict[str, Any]]) -> str:
             NAMES[point["family"]],
             _percent(point["target_silent_share"]),
             _percent(point["silent_share_reads"]),
-            _number(point["perplexity_ratio"], 4),
+            _ratio(point),
             _number(point["kl_nats"], 4),
             _percent(point["top1_agreement"]),
         ]
@@ -248,5 +249,11 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
+def _ratio(row: dict[str, Any]) -> str:
+    if row["perplexity_ratio"] is None:
+        return "n/a"
+    return f"{row['perplexity_ratio']:.4f} ± {row['perplexity_ratio_error']:.4f}"
+
+
 def _millions(value: float) -> str:
-    return f"{value / 1e6:.2f} million" if value >= 1e5 else f"{value:.0f}"
+    return f"{value / 1e6:.2f} million" if value >= 1e5 else f"{value:,.0f}"

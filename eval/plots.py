@@ -82,9 +82,11 @@ def raster(model: nn.Module, tokenizer: Any, prompt: str) -> Figure:
         ax = axes[layers.index(group.layer_idx)][names.index(group.name)]
         ax.set_axis_on()
         _draw_trains(ax, counts[group.path], code, slots)
-        ax.set_title(f"layer {group.layer_idx}, {group.name} site", fontsize=11)
         step = _step(group.site)
-        ax.set_ylabel("channel" if step == 1 else f"channel (one in {step} shown)")
+        shown = min(_NEURONS, -(-group.site.width // step))
+        ax.set_title(f"layer {group.layer_idx}, {group.name}: {shown} of {group.site.width} channels", fontsize=10)
+        if group.name == names[0]:
+            ax.set_ylabel("channel")
         ax.yaxis.set_major_formatter(FuncFormatter(lambda row, _, step=step: f"{row * step:.0f}"))
         ax.set_xticks([slots * (t + 0.5) - 0.5 for t in range(len(ids))])
         ax.set_xticklabels([])
@@ -104,8 +106,8 @@ def raster(model: nn.Module, tokenizer: Any, prompt: str) -> Figure:
 
 def sites(report: dict[str, Any]) -> Figure:
     """Silent share and firing rate of every site over the layers."""
-    figure = Figure(figsize=(12, 4.6), dpi=110, layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(11, 4.6), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
     names = list(dict.fromkeys(site["site"] for site in report["sites"]))
     for name in names:
         colour, marker = _SITE_STYLES.get(name, (GREY, "v"))
@@ -113,18 +115,16 @@ def sites(report: dict[str, Any]) -> Figure:
         layers = [row["layer"] for row in rows]
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2, "label": name}
         left.plot(layers, [row["silent_share"] for row in rows], **style)
-        middle.plot(layers, [row["firing_rate"]["bitwise"] for row in rows], **style)
-        right.plot(layers, [row["firing_rate"]["unary"] for row in rows], **style)
+        right.plot(layers, [row["firing_rate"]["bitwise"] for row in rows], **style)
     left.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    left.axhline(report["silent_share"], color=GREY, linestyle=":", linewidth=1)
-    left.annotate("mean", (1, report["silent_share"]), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-                  textcoords="offset points", ha="right", color=GREY, fontsize=9)  # fmt: skip
     panels = {
-        left: ("Silent share", "inputs that are exactly zero (%)"),
-        middle: ("Firing rate, bitwise", "spikes per input"),
-        right: ("Firing rate, unary", "spikes per input"),
+        left: ("Silent share", "inputs that are exactly zero (%)", report["silent_share"]),
+        right: ("Firing rate", "bitwise spikes per input", report["firing_rate"]["bitwise"]),
     }
-    for ax, (title, unit) in panels.items():
+    for ax, (title, unit, mean) in panels.items():
+        ax.axhline(mean, color=GREY, linestyle=":", linewidth=1)
+        ax.annotate("mean", (1, mean), xycoords=("axes fraction", "data"), xytext=(-4, 3), ha="right", color=GREY,
+                    textcoords="offset points", fontsize=9)  # fmt: skip
         ax.set_title(title)
         ax.set_ylabel(unit)
         ax.set_xlabel("layer")
@@ -151,8 +151,10 @@ def curve(report: dict[str, Any]) -> Figure:
         shown += y
         single = points[0]["target_silent_share"] is None
         size = {"*": 17, "X": 10, "P": 10}.get(marker, 6)
-        ax.plot(x, y, color=colour, marker=marker, markersize=size, linewidth=0 if single else 1.6, label=label,
-                markeredgecolor="white" if single else colour, zorder=3 if single else 2)  # fmt: skip
+        error = [p["perplexity_ratio_error"] for p in points]
+        ax.errorbar(x, y, error, color=colour, marker=marker, markersize=size, linewidth=0 if single else 1.6,
+                    elinewidth=1, label=label, markeredgecolor="white" if single else colour,
+                    zorder=3 if single else 2)  # fmt: skip
     ax.axhline(1, color=GREY, linewidth=1, linestyle=":")
     ax.set_yscale("log")
     top = max([*shown, 1.2])
@@ -164,7 +166,8 @@ def curve(report: dict[str, Any]) -> Figure:
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_xlabel("silent share, weighted by reads (% of the weight reads behind spike sites)")
     ax.set_ylabel("perplexity, times the baseline's (log scale)")
-    ax.set_title(f"What silence costs; measured on {report['curve'][0]['tokens']:,} tokens per point", fontsize=11)
+    tokens = report["curve"][0]["tokens"]
+    ax.set_title(f"What silence costs, on {tokens:,} tokens per point (bars: standard error)", fontsize=11)
     ax.legend(frameon=False, loc="upper left")
     _plain(ax)
     return figure

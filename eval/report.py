@@ -25,6 +25,7 @@ SPIKES = (
     *SILENT, "spike_slot_sparsity", "clipped_share", "slots", "firing_rate", "synops_per_token",
     "dense_macs_per_token", "max_count",
 )  # fmt: skip
+_QUALITY = ("perplexity_ratio", "perplexity_ratio_error", "top1_agreement", "kl_nats")
 _ON_CURVE = ("model", "int_k", "plain_k3")
 _SITE = (
     "layer", "site", "path", "width", "fan_out", "tokens", "silent_share", "firing_rate", "spike_slot_sparsity",
@@ -144,6 +145,7 @@ def _table(rows: list[Row], text: int | None = None) -> list[dict[str, Any]]:
         "name": "baseline",
         "tokens": entries[0]["tokens"],
         "perplexity_ratio": 1.0,
+        "perplexity_ratio_error": 0.0,
         "top1_agreement": 1.0,
         "kl_nats": 0.0,
         "perplexity": combine([one.score for one in rows[0].select(text)])["perplexity"]["baseline"],
@@ -157,7 +159,7 @@ def _line(row: Row, measured: list[Measured]) -> dict[str, Any]:
         "name": row.name,
         "tokens": sum(one.score.predicted + 1 for one in measured),
         "perplexity": entry["perplexity"]["model"],
-        **{key: entry[key] for key in ("perplexity_ratio", "top1_agreement", "kl_nats", *SILENT)},
+        **{key: entry[key] for key in (*_QUALITY, *SILENT)},
         **row.setting,
     }
 
@@ -169,7 +171,7 @@ def _curve(rows: list[Row], windows: list[int]) -> list[dict[str, Any]]:
         if row.windows is None and row.name not in _ON_CURVE:
             continue
         line = _line(row, row.select(windows=windows))
-        kept = ("tokens", "perplexity_ratio", "top1_agreement", "kl_nats", *SILENT, "dead_zone")
+        kept = ("tokens", *_QUALITY, *SILENT, "dead_zone")
         target = line.get("target_silent_share")
         points.append({"family": row.name, "target_silent_share": target, **{key: line[key] for key in kept}})
     return points

@@ -18,7 +18,7 @@ from spikelm.eval.fidelity import Row, run_counted
 from spikelm.spiking.site import SpikeGroup, spike_groups
 
 PLAIN_K = 3.0
-TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6)
+TARGETS = (0.2, 0.25, 0.3, 0.4, 0.5)
 _PROBE_WINDOWS = 2
 
 # Silent share -> site path -> dead zones: how an allocation spreads a share over the sites.

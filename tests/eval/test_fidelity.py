@@ -19,7 +19,8 @@ def test_quality_equals_a_computation_by_hand(make_pair, tokenizer, letters, pro
     texts = [tokenize(letters, tokenizer, 50, 24), tokenize(prose, tokenizer, 24, 24)]
     (row,) = compared(model, baseline, texts, Row("model"))
 
-    nll, kl, agreed, text_bytes = {model: [], baseline: []}, [], [], 0
+    nll: dict = {model: [], baseline: []}
+    kl, agreed, text_bytes = [], [], 0
     for text in texts:
         for window in text.windows:
             p = {}
@@ -37,6 +38,9 @@ def test_quality_equals_a_computation_by_hand(make_pair, tokenizer, letters, pro
     assert result["nll_nats"] == pytest.approx({"model": mean[model], "baseline": mean[baseline]}, rel=1e-9)
     assert result["perplexity"]["model"] == pytest.approx(math.exp(mean[model]), rel=1e-9)
     assert result["perplexity_ratio"] == pytest.approx(math.exp(mean[model]) / math.exp(mean[baseline]), rel=1e-9)
+    differences = torch.tensor(nll[model]) - torch.tensor(nll[baseline])
+    error = result["perplexity_ratio"] * differences.std(correction=0).item() / len(kl) ** 0.5
+    assert result["perplexity_ratio_error"] == pytest.approx(error, rel=1e-5)
     assert result["kl_nats"] == pytest.approx(sum(kl) / len(kl), rel=1e-9)
     assert result["top1_agreement"] == sum(agreed) / len(agreed)
     bits = sum(nll[model]) / math.log(2) / text_bytes
@@ -87,7 +91,8 @@ def test_logits_that_are_not_finite_are_refused(make_pair, tokenizer, letters):
 
 
 def test_an_enormous_loss_has_no_perplexity():
-    result = combine([WindowScore(predicted=2, text_bytes=2, nll=4000.0, baseline_nll=2.0, kl=4000.0, agreed=0)])
+    score = WindowScore(2, text_bytes=2, nll=4000.0, baseline_nll=2.0, kl=4000.0, agreed=0, squares=8e6)
+    result = combine([score])
     assert result["perplexity"]["model"] is None and result["perplexity_ratio"] is None
     assert result["nll_nats"]["model"] == 2000.0
 
