@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 from spikelm.kernels.lif_cpu import lif_cpu_backward, lif_cpu_forward
-from spikelm.kernels.runtime import check_cu_seqlens, wide_dtype
+from spikelm.kernels.runtime import check_cu_seqlens, use_triton, wide_dtype
 from torch import Tensor
 
 RESETS = ("hard", "soft", "none")
@@ -264,7 +264,10 @@ def _lif(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Spikes, final state and, with `save`, the history [S, B * T, D] that the backward pass reads."""
-    return lif_cpu_forward(x, params, state, cu_seqlens, reset_mask, reset, unit_gain, save)
+    run = lif_cpu_forward
+    if use_triton(x, params, state):
+        from spikelm.kernels.lif_triton import lif_triton_forward as run
+    return run(x, params, state, cu_seqlens, reset_mask, reset, unit_gain, save)
 
 
 @_lif.register_fake
@@ -306,7 +309,10 @@ def _lif_backward(
     dspikes = torch.zeros_like(x) if dspikes is None else dspikes
     dstate = torch.zeros_like(state) if dstate is None else dstate
     cut = gradient_cuts(x, cu_seqlens, reset_mask, window)
-    return lif_cpu_backward(
+    run = lif_cpu_backward
+    if use_triton(x, params, state):
+        from spikelm.kernels.lif_triton import lif_triton_backward as run
+    return run(
         dspikes,
         dstate,
         x,

@@ -52,7 +52,7 @@ def _code(
     if STORED:
         m = tl.load(magnitude) + tl.zeros((R,), dtype=tl.float32)
     else:
-        m = tl.div_rn(_fold(size, R, P, LEVELS), C.to(tl.float32))
+        m = tl.div_rn(_fold(size, R, P, LEVELS), C * 1.0)
     threshold = tl.div_rn(m, tl.load(k))
     threshold = tl.maximum(threshold, _TINY, propagate_nan=tl.PropagateNan.ALL)
     threshold = tl.minimum(threshold, _HUGE, propagate_nan=tl.PropagateNan.ALL)[:, None]
@@ -83,7 +83,7 @@ def encode_kernel(
     # [R, P]
     v = tl.load(x + o_x, mask=mask, other=0.0).to(tl.float32)
     if NORM > 0:
-        mean = tl.div_rn(_fold(v * v, R, P, LEVELS), C.to(tl.float32))
+        mean = tl.div_rn(_fold(v * v, R, P, LEVELS), C * 1.0)
         v = v * tl.div_rn(tl.full((R,), 1.0, dtype=tl.float32), tl.sqrt_rn(mean + eps))[:, None]
         if NORM < 3:
             v = _round_to(v, x.dtype.element_ty).to(tl.float32)
