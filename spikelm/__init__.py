@@ -19,12 +19,14 @@ from transformers import (  # noqa: E402
 
 from spikelm.cache import SpikeCache  # noqa: E402
 from spikelm.configuration import SpikeLMConfig  # noqa: E402
+from spikelm.conversion.convert import convert  # noqa: E402
 from spikelm.modeling import (  # noqa: E402
     SpikeLMForCausalLM,
     SpikeLMForSequenceClassification,
     SpikeLMForTokenClassification,
     SpikeLMModel,
 )
+from spikelm.spiking import SpikeStatistics, execute_trains, spike_groups  # noqa: E402
 
 AutoConfig.register(SpikeLMConfig.model_type, SpikeLMConfig, exist_ok=True)
 AutoModel.register(SpikeLMConfig, SpikeLMModel, exist_ok=True)
@@ -39,4 +41,8 @@ __all__ = [
     "SpikeLMForSequenceClassification",
     "SpikeLMForTokenClassification",
     "SpikeLMModel",
+    "SpikeStatistics",
+    "convert",
+    "execute_trains",
+    "spike_groups",
 ]

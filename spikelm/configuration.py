@@ -175,6 +175,12 @@ class SpikeLMConfig(PreTrainedConfig):
         self.layer_types = [_LAYER_TYPES.get(frozenset(mixer.split("+")), "full_attention") for mixer in self.mixers]
         super().__post_init__(**kwargs)
 
+    @property
+    def head_shape(self) -> tuple[int, int, int]:
+        """Query heads, key-value heads, channels of a head."""
+        assert self.num_key_value_heads is not None and self.head_dim is not None  # filled when made
+        return self.num_attention_heads, self.num_key_value_heads, self.head_dim
+
     def at(self, field: str, layer_idx: int) -> Any:
         """The value of `field` in layer `layer_idx`: the field itself, or its entry if it is a list per layer."""
         value = getattr(self, field)
@@ -195,6 +201,7 @@ class SpikeLMConfig(PreTrainedConfig):
     @property
     def uses_long_rope(self) -> bool:
         """Whether the rotation of early tokens depends on how long the text has become (LongRoPE, Phi-3)."""
+        assert self.rope_parameters is not None  # filled when made
         return self.rope_parameters.get("rope_type") == "longrope"
 
     def validate_architecture(self) -> None:
@@ -202,11 +209,9 @@ class SpikeLMConfig(PreTrainedConfig):
         for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
             _positive(field, getattr(self, field))
         _positive("num_key_value_heads", self.num_key_value_heads)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_key_value_heads})."
-            )
+        heads, shared, _ = self.head_shape
+        if heads % shared:
+            raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({shared}).")
         for field in _PER_LAYER:
             value = getattr(self, field)
             if isinstance(value, list) and len(value) != self.num_hidden_layers:

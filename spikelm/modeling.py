@@ -242,9 +242,10 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What one step of `generate` feeds the model."""
-        if self.config.uses_long_rope and isinstance(past_key_values, SpikeCache):
+        rope = self.config.rope_parameters
+        if rope and self.config.uses_long_rope and isinstance(past_key_values, SpikeCache):
             # A text that outgrows the short form of LongRoPE is rotated anew as a whole: cached keys are void.
-            limit = self.config.rope_parameters["original_max_position_embeddings"]
+            limit = rope["original_max_position_embeddings"]
             tokens = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(1).max())
             seen = past_key_values.shared.states.get("tokens")
             if seen is not None and int(seen.max()) <= limit < tokens:

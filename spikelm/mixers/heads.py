@@ -29,9 +29,8 @@ class HeadMixer(nn.Module):
 
     def __init__(self, config: "SpikeLMConfig", layer_idx: int, cores: dict[str, nn.Module]):
         super().__init__()
-        assert config.head_dim is not None and config.num_key_value_heads is not None
-        self.head_dim = config.head_dim
-        query, shared = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        heads, shared_heads, self.head_dim = config.head_shape
+        query, shared = heads * self.head_dim, shared_heads * self.head_dim
         bias = config.at("attention_bias", layer_idx)
         self.qkv_site = make_site(config, layer_idx, "qkv", config.hidden_size)
         self.q_proj = nn.Linear(config.hidden_size, query, bias=bias)
