@@ -71,7 +71,7 @@ def spike_quantize(
     dead_zone get no gradient.
 
     Returns:
-        [..., C] in the dtype of x. float16 saturates at its largest finite value instead of overflowing.
+        [..., C] in the dtype of x. 16-bit types saturate at their largest finite value instead of overflowing.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or sign.
@@ -165,7 +165,7 @@ def spike_quantize_reference(
     """The definition of `spike_quantize` forward, in plain torch; also its CPU path."""
     counts, threshold = spike_encode_reference(x, k, dead_zone, magnitude, max_count)
     x_hat = counts.mul_(threshold)
-    if x.dtype is torch.float16:
+    if x.dtype in (torch.float16, torch.bfloat16):
         x_hat.clamp_(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max)
     return x_hat.to(x.dtype)
 

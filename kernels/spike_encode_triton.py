@@ -13,7 +13,8 @@ from torch import Tensor
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _HUGE = tl.constexpr(torch.finfo(torch.float32).max)
-_HALF_HUGE = tl.constexpr(torch.finfo(torch.float16).max)
+_HUGE_FP16 = tl.constexpr(torch.finfo(torch.float16).max)
+_HUGE_BF16 = tl.constexpr(torch.finfo(torch.bfloat16).max)
 
 
 @triton.jit
@@ -40,6 +41,13 @@ def _round_even(v):
     size = tl.abs(v)
     whole = tl.where(size < 8388608.0, (size + 8388608.0) - 8388608.0, size)
     return tl.where(v < 0.0, -whole, whole)
+
+
+@triton.jit
+def _saturate(v, limit):
+    """v clipped to [-limit, limit]; NaN stays NaN."""
+    v = tl.maximum(v, -limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -96,11 +104,13 @@ def encode_kernel(
         v = _round_to(v, x.dtype.element_ty).to(tl.float32)
     s, threshold = _code(v, o_c, m_c, k, zone, magnitude, C, ZONE, STORED, R, P, LEVELS)
     if CLIP:
-        s = tl.minimum(tl.maximum(s, -max_count), max_count)
+        s = _saturate(s, max_count)
     if VALUES:
         s = s * threshold
         if x.dtype.element_ty == tl.float16:
-            s = tl.minimum(tl.maximum(s, -_HALF_HUGE), _HALF_HUGE)
+            s = _saturate(s, _HUGE_FP16)
+        elif x.dtype.element_ty == tl.bfloat16:
+            s = _saturate(s, _HUGE_BF16)
         tl.store(counts + o_x, _round_to(s, x.dtype.element_ty), mask=mask)
     else:
         tl.store(counts + o_x, s, mask=mask)
@@ -127,7 +137,7 @@ def quantize_backward_kernel(
     passed = grad
     if CLIP:
         clipped = tl.abs(s) > max_count
-        slope = tl.where(clipped, tl.minimum(tl.maximum(s, -max_count), max_count), slope)
+        slope = tl.where(clipped, _saturate(s, max_count), slope)
         passed = tl.where(clipped, 0.0, grad)
     tl.store(dx + o_x, _round_to(passed, x.dtype.element_ty), mask=mask)
     tl.store(dm + o_r, tl.sum(grad * slope, axis=1) / tl.load(k), mask=o_r < rows)
