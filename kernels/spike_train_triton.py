@@ -15,11 +15,19 @@ _KIND = {"binary": 0, "ternary": 0, "bitwise": 1, "twos_complement": 2}
 
 
 @triton.jit
+def _whole(counts):
+    """Counts as int64; the interpreter converts bfloat16 to float32 only."""
+    if counts.dtype == tl.bfloat16:
+        counts = counts.to(tl.float32)
+    return counts.to(tl.int64)
+
+
+@triton.jit
 def expand_kernel(counts, trains, n, slots, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """trains [slots, n] int8 from counts [n]."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o_n < n
-    s = tl.load(counts + o_n, mask=mask, other=0).to(tl.int64)
+    s = _whole(tl.load(counts + o_n, mask=mask, other=0))
     size = s if KIND == _COMPLEMENT else tl.abs(s)
     p_train = trains + o_n
     for t in range(slots):
@@ -49,6 +57,8 @@ def collapse_kernel(trains, counts, n, slots, KIND: tl.constexpr, BLOCK: tl.cons
         else:
             total = 2 * total + bit
         p_train += n
+    if counts.dtype.element_ty == tl.bfloat16:
+        total = total.to(tl.float32)
     tl.store(counts + o_n, total.to(counts.dtype.element_ty), mask=mask)
 
 
@@ -57,7 +67,7 @@ def bit_spikes_kernel(counts, spikes, n, slots, KIND: tl.constexpr, BLOCK: tl.co
     """spikes [n] int32: |s|, or the number of set bits of |s| or of s mod 2^slots."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o_n < n
-    v = tl.load(counts + o_n, mask=mask, other=0).to(tl.int64)
+    v = _whole(tl.load(counts + o_n, mask=mask, other=0))
     if KIND == _COMPLEMENT:
         one = tl.full((BLOCK,), 1, dtype=tl.int64)
         v = v & ((one << slots) - 1)
