@@ -239,6 +239,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         next_sequence_length: int | None = None,
         past_key_values: SpikeCache | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,  # `generate` takes embeddings only where this name is in the signature
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What one step of `generate` feeds the model."""
@@ -256,6 +257,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             **kwargs,
         )
 
