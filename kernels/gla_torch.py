@@ -11,18 +11,21 @@ level to level by multiplication alone: nothing is divided or subtracted, so no 
 exactly, and a reset costs no precision elsewhere. The same holds for the gradient of g, a sum over the pairs that a
 gate lies between: each level adds what its pairs contribute, and terms on two sides of a reset never meet.
 
-Below, tensors are laid out [chunks, N, Hk, C, ...]; queries carry their group behind time, [..., C, G, K]. The gates
-have width W: K, or 1 where all channels of a head share a gate.
+The work is done in tiles that stay in the caches: some rows of the batch, some heads, a span of time. A tile is
+laid out [chunks, N, Hk, C, D]; queries carry their group behind time, [chunks, N, Hk, C, G, K]. Gates have width W: K,
+or 1 where all channels of a head share a gate.
 """
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
 from spikelm.kernels.runtime import sequence_bounds, wide_dtype
 from torch import Tensor
 
-CHUNK = 64
+CHUNK = 32
+# Elements of the largest tensors of a tile: 2 MiB in float32, so that a tile's work stays in the last cache.
+TILE = 1 << 19
 
 
 def forward(
@@ -36,11 +39,14 @@ def forward(
     floor: float,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, H, V] and final states [N, Hk, K, V]; arguments as in `gla`, checked."""
+    finals = _copy_states(q, k, v, g, state, cu_seqlens)
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
-    finals = _states(q, k, v, g, state, cu_seqlens)
-    for rows, times in _sequences(q, cu_seqlens):
-        tokens = _chunks(q[:, times], k[:, times], v[:, times], g[:, times], finals.dtype, floor)
-        out[:, times], finals[rows] = _forward(*tokens, finals[rows], scale, out[:, times])
+    grouped = _group(k.shape[2], q, k, v, g, out)
+    for part, tiles in _tiles(*grouped[:3], cu_seqlens):
+        for tile in tiles:
+            q_, k_, v_, g_ = (_cut(x[tile], finals.dtype) for x in grouped[:4])
+            piece, finals[part] = _forward(q_, k_, v_, _decay(g_, floor), finals[part], scale)
+            _put(grouped[4], tile, piece)
     return out, finals
 
 
@@ -56,58 +62,79 @@ def backward(
     scale: float,
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g and of the initial state. Everything inside a chunk is computed anew."""
-    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v, g))
-    starts = _states(q, k, v, g, state, cu_seqlens)
-    do = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device) if do is None else do
+    """Gradients of q, k, v, g and of the initial state. Everything inside a tile is computed anew."""
+    starts = _copy_states(q, k, v, g, state, cu_seqlens)
     dstates = torch.zeros_like(starts) if dfinal is None else dfinal.to(starts.dtype, copy=True)
-    for rows, times in _sequences(q, cu_seqlens):
-        tokens = _chunks(q[:, times], k[:, times], v[:, times], g[:, times], starts.dtype, floor)
-        dout = _cut(do[:, times].to(starts.dtype), k.shape[2])
-        pieces, dstates[rows] = _backward(*tokens, starts[rows], dout, dstates[rows], scale)
-        reset = g[:, times] < floor
-        for grad, piece in zip(grads, pieces):
-            grad[:, times] = _join(piece, grad[:, times])
-        grads[3][:, times].masked_fill_(reset, 0.0)
+    do = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device) if do is None else do
+    grads = tuple(torch.empty_like(t) for t in (q, k, v, g))
+    grouped = _group(k.shape[2], q, k, v, g, do, *grads)
+    for part, tiles in _tiles(*grouped[:3], cu_seqlens):
+        entries = [starts[part]]
+        for tile in tiles[:-1]:
+            k_, v_, g_ = (_cut(x[tile], starts.dtype) for x in grouped[1:4])
+            entries.append(_advance(k_, v_, _decay(g_, floor), entries[-1]))
+        for tile, entry in zip(reversed(tiles), reversed(entries)):
+            q_, k_, v_, g_, do_ = (_cut(x[tile], starts.dtype) for x in grouped[:5])
+            pieces, dstates[part] = _backward(q_, k_, v_, _decay(g_, floor), entry, do_, dstates[part], scale)
+            for grad, piece in zip(grouped[5:], pieces):
+                _put(grad, tile, piece)
+    grads[3].masked_fill_(g < floor, 0.0)
     return *grads, dstates
 
 
-def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:
-    """Rows of the state and span of time of every batch of sequences that is computed at once."""
-    if cu_seqlens is None:
-        return [(slice(None), slice(None))] if q.shape[1] else []
-    bounds = sequence_bounds("gla", cu_seqlens, q.shape[1])
-    spans = enumerate(pairwise(bounds))
-    return [(slice(n, n + 1), slice(begin, end)) for n, (begin, end) in spans if end > begin]
-
-
-def _states(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """A copy of the initial states, or zeros."""
+def _copy_states(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     wide = wide_dtype(q, k, v, g, state)
     if state is not None:
-        return state.to(wide, copy=True, memory_format=torch.contiguous_format)
+        return state.to(wide, copy=True)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return torch.zeros(sequences, *k.shape[2:], v.shape[-1], dtype=wide, device=q.device)
 
 
-def _cut(x: Tensor, shared: int, fill: float = 0.0) -> Tensor:
-    """[N, T, H, D] -> [chunks, N, Hk, C, G, D], padded at the end."""
+def _group(shared: int, *tensors: Tensor) -> list[Tensor]:
+    """[B, T, heads, D] -> [B, T, Hk, G, D], with G = 1 for keys, values and gates."""
+    return [x.unflatten(2, (shared, -1)) for x in tensors]
+
+
+def _tiles(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list:
+    """Parts of the state, each an index of [N, Hk], and the tiles, indices of [B, T, Hk], that lead through each."""
+    spans = [(0, q.shape[0], 0, q.shape[1])]
+    if cu_seqlens is not None:
+        bounds = sequence_bounds("gla", cu_seqlens, q.shape[1])
+        spans = [(n, n + 1, begin, end) for n, (begin, end) in enumerate(pairwise(bounds))]
+    shared, width = k.shape[2], q.shape[3] * max(k.shape[-1], v.shape[-1])
+    parts = []
+    for first, last, begin, end in spans:
+        if begin == end:
+            continue
+        steps = min(end - begin, max(1, TILE // (width * CHUNK)) * CHUNK)
+        heads = max(1, min(shared, TILE // (width * steps)))
+        rows = max(1, TILE // (width * steps * heads))
+        for row, head in product(range(first, last, rows), range(0, shared, heads)):
+            part = slice(row, min(row + rows, last)), slice(head, head + heads)
+            batch = part[0] if cu_seqlens is None else slice(0, 1)
+            times = [slice(t, min(t + steps, end)) for t in range(begin, end, steps)]
+            parts.append((part, [(batch, time, part[1]) for time in times]))
+    return parts
+
+
+def _cut(x: Tensor, wide: torch.dtype) -> Tensor:
+    """[N, T, Hk, G, D] -> [chunks, N, Hk, C, G, D], padded with zeros: no key, and no decay either."""
     chunk = min(CHUNK, 1 << (x.shape[1] - 1).bit_length())
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk), value=fill)
-    x = x.unflatten(1, (-1, chunk)).unflatten(3, (shared, -1))
-    return x.permute(1, 0, 3, 2, 4, 5).contiguous()
+    pad = -x.shape[1] % chunk
+    x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, pad)) if pad else x
+    return (
+        x.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4, 5).to(wide, copy=True, memory_format=torch.contiguous_format)
+    )
 
 
-def _join(x: Tensor, like: Tensor) -> Tensor:
-    """[chunks, N, Hk, C, G, D] -> the shape of `like`, [N, T, H, D]."""
-    return x.permute(1, 0, 3, 2, 4, 5).flatten(1, 2)[:, : like.shape[1]].reshape(like.shape)
+def _put(to: Tensor, tile: tuple[slice, slice, slice], x: Tensor) -> None:
+    """The inverse of `_cut`, into a tile of `to`."""
+    to = to[tile]
+    to.copy_(x.permute(1, 0, 3, 2, 4, 5).flatten(1, 2)[:, : to.shape[1]])
 
 
-def _chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, wide: torch.dtype, floor: float) -> tuple[Tensor, ...]:
-    shared = k.shape[2]
-    decay = torch.where(g < floor, 0.0, g.to(wide).exp())
-    k, v, decay = (_cut(x, shared, fill).squeeze(4) for x, fill in ((k.to(wide), 0), (v.to(wide), 0), (decay, 1)))
-    return _cut(q.to(wide), shared), k, v, decay
+def _decay(g: Tensor, floor: float) -> Tensor:
+    return g.exp().masked_fill_(g < floor, 0.0).squeeze(4)
 
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -122,6 +149,11 @@ def _pairs(scores: Tensor, size: int) -> Tensor:
     return right.diagonal(dim1=3, dim2=6).movedim(-1, 3)
 
 
+def _self(scores: Tensor) -> Tensor:
+    """Where queries meet the key of their own token: a view [chunks, N, Hk, C, G]."""
+    return scores.diagonal(dim1=3, dim2=5).movedim(-1, 3)
+
+
 def _grow(past: Tensor, future: Tensor, size: int) -> None:
     """Double the blocks: `past` = decay from a block's start through a token, `future` = decay after it to the end."""
     left, right = _halves(past, size)
@@ -129,94 +161,138 @@ def _grow(past: Tensor, future: Tensor, size: int) -> None:
     right.mul_(left[..., -1:, :])
 
 
-def _carry(states: Tensor, keep: Tensor, order: range, step: int) -> None:
-    """states[i + step] += keep * states[i], chunk after chunk."""
-    for i in order:
-        states[i + step].addcmul_(keep[min(i, i + step)], states[i])
+def _carry(states: Tensor, keep: Tensor, backwards: bool = False) -> None:
+    """states[i + 1] += keep[i] * states[i], chunk after chunk; or states[i] += keep[i] * states[i + 1]."""
+    chunks = range(keep.shape[0])
+    for i in reversed(chunks) if backwards else chunks:
+        states[i if backwards else i + 1].addcmul_(keep[i], states[i + 1 if backwards else i])
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, scale: float, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    scores = q.new_zeros(*q.shape[:-1], q.shape[3])
-    scores.diagonal(dim1=3, dim2=5).copy_((q * k.unsqueeze(4)).sum(-1).transpose(-1, -2))
+def _enter(a: Tensor, b: Tensor, first: Tensor | None = None, last: Tensor | None = None) -> Tensor:
+    """States at chunk bounds before they are carried: a @ b of every chunk, behind `first` or before `last`."""
+    states = a.new_empty(a.shape[0] + 1, *a.shape[1:-1], b.shape[-1])
+    torch.matmul(a, b, out=states[1:] if last is None else states[:-1])
+    if last is None:
+        states[0] = first
+    else:
+        states[-1] = last
+    return states
+
+
+def _meet(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b. Matrices of one or two rows are faster multiplied by hand."""
+    if a.shape[-1] > 2:
+        return a @ b
+    return a * b if a.shape[-1] == 1 else a[..., :1] * b[..., :1, :] + a[..., 1:] * b[..., 1:, :]
+
+
+def _multiply(a: Tensor, b: Tensor, to: Tensor) -> None:
+    """Write a * b, summed over the group and over channels that share a gate, where `to` has extent 1 there."""
+    if to.shape == a.shape:
+        torch.mul(a, b, out=to)
+    else:
+        to.copy_((a * b).sum_to_size(to.shape))
+
+
+def _advance(k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+    """The state at the end of a tile; `decay` is used up."""
+    k, v = k.squeeze(4), v.squeeze(4)
     past, future = decay, torch.ones_like(decay)
-    size = 1
-    while size < q.shape[3]:
+    for size in _sizes(k.shape[3]):
+        _grow(past, future, size)
+    states = _enter((k * future).mT, v, first=state)
+    _carry(states, past[..., -1, :, None])
+    return states[-1]
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and last state of a tile; `decay` is used up."""
+    k, v = k.squeeze(4), v.squeeze(4)
+    scores = q.new_zeros(*q.shape[:-1], q.shape[3])
+    _self(scores).copy_((q * k.unsqueeze(4)).sum(-1))
+    past, future = decay, torch.ones_like(decay)
+    for size in _sizes(q.shape[3]):
         query = _halves(q, size)[1] * _halves(past, size)[1].unsqueeze(5)
         key = _halves(k, size)[0] * _halves(future, size)[0]
         _pairs(scores, size).copy_((query.flatten(4, 5) @ key.mT).view(*query.shape[:-1], size))
         _grow(past, future, size)
-        size *= 2
 
-    keep = past[..., -1, :, None]
-    states = torch.cat([state[None], (k * future).mT @ v])
-    _carry(states, keep, range(k.shape[0]), 1)
+    states = _enter((k * future).mT, v, first=state)
+    _carry(states, past[..., -1, :, None])
     out = scores.flatten(3, 4) @ v
     out += (q * past.unsqueeze(4)).flatten(3, 4) @ states[:-1]
-    return _join(out.mul_(scale).view(*q.shape[:-1], -1), like), states[-1]
+    return out.mul_(scale).view(*q.shape[:-1], -1), states[-1]
 
 
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, do: Tensor, dstate: Tensor, scale: float
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    do = do.flatten(3, 4) * scale
-    dscores = (do @ v.mT).view(*q.shape[:-1], -1)
+    """Gradients of a tile's q, k, v, g and first state; `decay` and `do` are used up."""
+    k, v, do = k.squeeze(4), v.squeeze(4), do.mul_(scale).flatten(3, 4)
+    dscores = (do @ v.mT).view(*q.shape[:-1], q.shape[3])
     scores = torch.zeros_like(dscores)
-    scores.diagonal(dim1=3, dim2=5).copy_((q * k.unsqueeze(4)).sum(-1).transpose(-1, -2))
-    direct = dscores.diagonal(dim1=3, dim2=5).transpose(-1, -2).unsqueeze(-1)
+    _self(scores).copy_((q * k.unsqueeze(4)).sum(-1))
+    direct = _self(dscores).unsqueeze(-1)
     dq = direct * k.unsqueeze(4)
     dk = (direct * q).sum(4)
-    dg = torch.zeros_like(decay)
+    sizes = _sizes(q.shape[3])
+    terms = decay.new_empty(len(sizes) + 2, *decay.shape)
     past, future = decay, torch.ones_like(decay)
-    size = 1
-    while size < q.shape[3]:
+    for size, term in zip(sizes, terms):
         to_query, to_key = _halves(past, size)[1], _halves(future, size)[0]
         query = _halves(q, size)[1] * to_query.unsqueeze(5)
         key = _halves(k, size)[0] * to_key
-        _pairs(scores, size).copy_((query.flatten(4, 5) @ key.mT).view(*query.shape[:-1], size))
+        flat = query.flatten(4, 5)
+        _pairs(scores, size).copy_((flat @ key.mT).view(*query.shape[:-1], size))
         block = _pairs(dscores, size).flatten(4, 5)
-        dquery = (block @ key).view(query.shape)
-        dkey = block.mT @ query.flatten(4, 5)
-        _halves(dq, size)[1].add_(dquery * to_query.unsqueeze(5))
-        _halves(dk, size)[0].add_(dkey * to_key)
-        left, right = _halves(dg, size)
-        right.add_(_sum_from((query * dquery).sum(5), dg))
-        left.add_(_sum_before(key * dkey, dg))
+        dquery = _meet(block, key).view(query.shape)
+        dkey = _meet(block.mT, flat)
+        _halves(dq, size)[1].addcmul_(dquery, to_query.unsqueeze(5))
+        _halves(dk, size)[0].addcmul_(dkey, to_key)
+        left, right = _halves(term, size)
+        _multiply(query, dquery, right.unsqueeze(5))
+        _multiply(key, dkey, left)
         _grow(past, future, size)
-        size *= 2
 
     keep = past[..., -1, :, None]
-    query = (q * past.unsqueeze(4)).flatten(3, 4)
-    key = k * future
-    states = torch.cat([state[None], key.mT @ v])
-    _carry(states, keep, range(k.shape[0]), 1)
-    dstates = torch.cat([query.mT @ do, dstate[None]])
-    _carry(dstates, keep, range(k.shape[0], 0, -1), -1)
+    query, key = q * past.unsqueeze(4), k * future
+    states = _enter(key.mT, v, first=state)
+    _carry(states, keep)
+    dstates = _enter(query.flatten(3, 4).mT, do, last=dstate)
+    _carry(dstates, keep, backwards=True)
 
     dv = scores.flatten(3, 4).mT @ do
     dv += key @ dstates[1:]
     dquery = (do @ states[:-1].mT).view(q.shape)
     dkey = v @ dstates[1:].mT
-    dq += dquery * past.unsqueeze(4)
-    dk += dkey * future
-    through = (keep * (states[:-1] * dstates[1:]).sum(-1, keepdim=True)).mT
-    after = (query.view(q.shape) * dquery).sum(4)
-    after[..., -1:, :] += through
-    dg += _sum_from(after, dg)
-    dg += _sum_before(key * dkey, dg)
+    dq.addcmul_(dquery, past.unsqueeze(4))
+    dk.addcmul_(dkey, future)
+    _multiply(query, dquery, terms[-2].unsqueeze(4))
+    _multiply(key, dkey, terms[-1])
+    through = keep * (states[:-1] * dstates[1:]).sum(-1, keepdim=True)
+    terms[-2][..., -1:, :] += (through.sum(-2, keepdim=True) if decay.shape[-1] == 1 else through).mT
+    dg = _gate_gradient(terms, sizes)
     return (dq, dk.unsqueeze(4), dv.unsqueeze(4), dg.unsqueeze(4)), dstates[0]
 
 
-def _sum_from(x: Tensor, like: Tensor) -> Tensor:
-    """Sum over the tokens of a block from each token on, over channels too where they share a gate."""
-    x = x.sum(-1, keepdim=True) if like.shape[-1] == 1 else x
-    ones = torch.ones(x.shape[-2], x.shape[-2], dtype=x.dtype, device=x.device)
-    return ones.triu() @ x
+def _gate_gradient(terms: Tensor, sizes: list[int]) -> Tensor:
+    """Sum, for every gate, the terms of the decays that it is a factor of.
+
+    `terms` [levels + 2, chunks, N, Hk, C, W]: per level, the gradient of the log decay from the bound through a token
+    (right blocks) and of that after a token to the bound (left blocks); the last two are these kinds for whole chunks.
+    A gate takes part in the former of its own and later tokens, in the latter of earlier tokens. Blocks are halved,
+    from the chunk down to single tokens, and what crosses the middle is handed to the last token of a half.
+    """
+    later, earlier = terms[-2], terms[-1]
+    for size, term in zip(reversed(sizes), reversed(terms[:-2].unbind(0))):
+        (left, right), (before, _) = _halves(later, size), _halves(earlier, size)
+        crossing = right.sum(-2), before.sum(-2)
+        left[..., -1, :] += crossing[0]
+        right += _halves(term, size)[1]
+        right[..., -1, :] += crossing[1]
+        before += _halves(term, size)[0]
+    return later
 
 
-def _sum_before(x: Tensor, like: Tensor) -> Tensor:
-    """Sum over the tokens of a block before each token, over channels too where they share a gate."""
-    x = x.sum(-1, keepdim=True) if like.shape[-1] == 1 else x
-    ones = torch.ones(x.shape[-2], x.shape[-2], dtype=x.dtype, device=x.device)
-    return ones.tril(-1) @ x
+def _sizes(chunk: int) -> list[int]:
+    return [1 << level for level in range(chunk.bit_length() - 1)]

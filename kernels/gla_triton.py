@@ -1,0 +1,137 @@
+"""Launchers of the Triton kernels of gated linear attention; the twins of those in `gla_torch.py`."""
+
+import torch
+import triton.language as tl
+from spikelm.kernels.gla_triton_backward import (
+    gla_keys_backward_kernel,
+    gla_scores_backward_kernel,
+    gla_states_backward_kernel,
+    gla_values_backward_kernel,
+)
+from spikelm.kernels.gla_triton_forward import gla_output_kernel, gla_scores_kernel, gla_states_kernel
+from spikelm.kernels.runtime import INTERPRETED, chunk_table
+from spikelm.kernels.triton_tools import next_power_of_two
+from torch import Tensor
+
+# A smaller chunk lets the interpreter's small cases cross several chunks.
+CHUNK = 16 if INTERPRETED else 64
+WIDEST_TILE = 64
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    floor: float,
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, T, H, V] and final states [N, Hk, K, V]; arguments as in `gla`, checked and contiguous."""
+    table = chunk_table(cu_seqlens, q.shape[0], q.shape[1], CHUNK, q.device, "gla")
+    constants = _constants(q, k, v, g, floor)
+    _, final, scores, states = _chunk_values(q, k, v, g, state, table, constants)
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+    chunks, heads, shared = table[0], q.shape[2], k.shape[2]
+    if len(chunks):
+        grid = (len(chunks) * heads, _tiles(v.shape[-1]))
+        gla_output_kernel[grid](q, v, g, scores, states, out, scale, chunks, heads, shared, **constants)
+    return out, final
+
+
+def backward(
+    do: Tensor | None,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g and of the initial state. Scores and states are computed anew."""
+    table = chunk_table(cu_seqlens, q.shape[0], q.shape[1], CHUNK, q.device, "gla")
+    constants = _constants(q, k, v, g, floor)
+    first, _, scores, states = _chunk_values(q, k, v, g, state, table, constants)
+    dfirst = torch.empty_like(first)
+    dlast = torch.zeros_like(first) if dfinal is None else dfinal
+    do = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device) if do is None else do
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dg, dnext = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+    dscores, dstates = torch.empty_like(scores), torch.empty_like(states)
+    chunks, bounds, offsets = table
+    heads, shared = q.shape[2], k.shape[2]
+    tiles_k, tiles_v = _tiles(k.shape[-1]), _tiles(v.shape[-1])
+
+    gla_states_backward_kernel[(first.shape[0] * shared, tiles_k, tiles_v)](
+        q, g, do, dstates, dlast, dfirst, scale, bounds, offsets, heads, shared, **constants
+    )
+    if len(chunks):
+        small = {name: value for name, value in constants.items() if name not in ("K", "W", "FLOOR", "BK")}
+        gla_scores_backward_kernel[(len(chunks) * heads,)](v, do, dscores, scale, chunks, heads, shared, **small)
+        gla_values_backward_kernel[(len(chunks) * shared, tiles_v)](
+            k, g, scores, do, dstates, dv, scale, chunks, heads, shared, **constants
+        )
+        tensors = (q, k, v, g, do, dscores, states, dstates, dq, dk, dg, dnext)
+        gla_keys_backward_kernel[(len(chunks) * shared, tiles_k)](
+            *tensors, scale, chunks, heads, shared, **constants, LEVELS=_levels(constants)
+        )
+    dg, dnext = dg.flatten(0, 1), dnext.flatten(0, 1)
+    dg[1:] += dnext[:-1]
+    dg = dg.view(k.shape).sum_to_size(g.shape).masked_fill_(g < floor, 0.0).to(g.dtype)
+    return dq, dk, dv, dg, dfirst
+
+
+def _chunk_values(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None, table: tuple[Tensor, ...], constants: dict
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """First and last state of every sequence, scores within chunks, states at chunk starts."""
+    chunks, bounds, offsets = table
+    heads, shared, width, values = q.shape[2], k.shape[2], k.shape[-1], v.shape[-1]
+    narrow = q.dtype if constants["DT"] == tl.bfloat16 else torch.float32
+    shape = (len(bounds) - 1, shared, width, values)
+    first = torch.zeros(shape, dtype=torch.float32, device=q.device) if state is None else state.float()
+    last = torch.empty_like(first)
+    states = torch.empty(len(chunks), *shape[1:], dtype=narrow, device=q.device)
+    scores = torch.empty(q.shape[0] * q.shape[1], heads, CHUNK, dtype=narrow, device=q.device)
+    gla_states_kernel[(shape[0] * shared, _tiles(width), _tiles(values))](
+        k, v, g, states, first, last, bounds, offsets, shared, **constants
+    )
+    if len(chunks):
+        small = {name: value for name, value in constants.items() if name not in ("V", "BV")}
+        gla_scores_kernel[(len(chunks) * heads,)](
+            q, k, g, scores, chunks, heads, shared, **small, LEVELS=_levels(constants)
+        )
+    return first, last, scores, states
+
+
+def _constants(q: Tensor, k: Tensor, v: Tensor, g: Tensor, floor: float) -> dict:
+    """What the kernels are compiled for.
+
+    bfloat16 inputs meet in bfloat16 products. float16 could not hold a state that has summed many tokens, so float16
+    inputs meet in tf32, which rounds alike and has float32's range; anything else is computed in full float32.
+    """
+    kinds = {q.dtype, k.dtype, v.dtype}
+    half = kinds <= {torch.float16, torch.bfloat16}
+    return {
+        "K": k.shape[-1],
+        "V": v.shape[-1],
+        "W": g.shape[-1],
+        "FLOOR": floor,
+        "PRECISION": "tf32" if half else "ieee",
+        "DT": tl.bfloat16 if kinds == {torch.bfloat16} else tl.float32,
+        "BT": CHUNK,
+        "BK": min(WIDEST_TILE, next_power_of_two(k.shape[-1])),
+        "BV": min(WIDEST_TILE, next_power_of_two(v.shape[-1])),
+    }
+
+
+def _levels(constants: dict) -> int:
+    return constants["BT"].bit_length() - 1
+
+
+def _tiles(width: int) -> int:
+    return -(-width // min(WIDEST_TILE, next_power_of_two(width)))
