@@ -19,7 +19,7 @@ from spikelm.conversion.texts import calibration_sample
 from spikelm.eval import plots
 from spikelm.eval.controls import MagnitudeProfile
 from spikelm.eval.data import Text, TokenizedText, spread, tokenize
-from spikelm.eval.fidelity import Row, compare, run
+from spikelm.eval.fidelity import Row, check_pair, compare, run
 from spikelm.eval.report import build, environment, write_report
 from spikelm.eval.rows import TARGETS, calibrated_allocation, control_rows, curve_rows, curve_windows, model_row
 from spikelm.eval.speed import tokens_per_second
@@ -71,17 +71,18 @@ def evaluate(
         The report, as in `report.json`.
 
     Raises:
-        ValueError: texts that are too short or share a name, vocabularies that differ, logits that are not finite,
-            an unknown way to execute, trains without spike sites.
+        ValueError: texts that are too short or share a name, a tokenizer or vocabularies that do not fit, logits that
+            are not finite, an unknown way to execute, trains without spike sites, a file where the folder should be.
     """
     spiking = any(True for _ in spike_groups(model))
-    _check(texts, execute, spiking)
+    _check(texts, execute, spiking, out)
     cut = [tokenize(text, tokenizer, tokens, window) for text in texts]
     apply: Callable[[], AbstractContextManager] = partial(execute_trains, model) if execute == "trains" else nullcontext
     calibration = calibration or Text("Python reference topics", calibration_sample(), "pydoc_data.topics")
     held_out: list[Tensor] = []
     windows = curve_windows(cut, curve_tokens)
     with _evaluating(model, baseline):
+        check_pair(model, baseline, cut)
         load = list(psutil.getloadavg())
         speed = tokens_per_second(model, baseline, cut[0].windows, apply)
         rows = [model_row(model, apply)]
@@ -120,7 +121,7 @@ def evaluate(
     return report
 
 
-def _check(texts: list[Text], execute: str, spiking: bool) -> None:
+def _check(texts: list[Text], execute: str, spiking: bool, out: str | Path | None) -> None:
     names = [text.name for text in texts]
     if not texts:
         raise ValueError("There is no text to evaluate on; give at least one.")
@@ -130,6 +131,8 @@ def _check(texts: list[Text], execute: str, spiking: bool) -> None:
         raise ValueError(f"execute must be one of {', '.join(EXECUTE)}; got {execute!r}.")
     if execute == "trains" and not spiking:
         raise ValueError("execute is 'trains', but the model has no spike sites; evaluate it with 'counts'.")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"{str(out)!r} is a file; give a folder for the report.")
 
 
 @contextmanager

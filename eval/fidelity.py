@@ -77,6 +77,24 @@ class Row:
         return kept[text] if text is not None else [one for per_text in kept for one in per_text]
 
 
+def check_pair(model: nn.Module, baseline: nn.Module, texts: list[TokenizedText]) -> None:
+    """Find out at once, on two tokens, whether two models can be compared on these texts.
+
+    Raises:
+        ValueError: a token is in no vocabulary, the vocabularies differ, or logits are not finite.
+    """
+    largest = max(int(window.max()) for text in texts for window in text.windows)
+    for network in (model, baseline):
+        known = network.get_input_embeddings().num_embeddings  # type: ignore[operator,union-attr]
+        if largest >= known:
+            raise ValueError(
+                f"The tokenizer gives token {largest}, but {type(network).__name__} knows {known}; use the tokenizer "
+                "that belongs to the models."
+            )
+    window = texts[0].windows[0][:2]
+    score(window, run(model, window), _log_probs(run(baseline, window)), 1)
+
+
 def compare(model: nn.Module, baseline: nn.Module, texts: list[TokenizedText], rows: list[Row], bar: tqdm) -> None:
     """Measure every row on its windows; the results are added to the rows.
 

@@ -71,7 +71,8 @@ def raster(model: nn.Module, tokenizer: Any, prompt: str) -> Figure:
     counts = _counts(model, ids, groups)
     layers = sorted({group.layer_idx for group in groups})
     names = list(dict.fromkeys(group.name for group in groups))
-    code = model.config.spike_code
+    config: Any = model.config
+    code = config.spike_code
     slots = _SLOTS[code]
 
     figure = Figure(figsize=(4.2 * len(names) + 1.2, 2.9 * len(layers) + 1.5), dpi=110, layout="constrained")
@@ -122,9 +123,7 @@ def sites(report: dict[str, Any]) -> Figure:
         right: ("Firing rate", "bitwise spikes per input", report["firing_rate"]["bitwise"]),
     }
     for ax, (title, unit, mean) in panels.items():
-        ax.axhline(mean, color=GREY, linestyle=":", linewidth=1)
-        ax.annotate("mean", (1, mean), xycoords=("axes fraction", "data"), xytext=(-4, 3), ha="right", color=GREY,
-                    textcoords="offset points", fontsize=9)  # fmt: skip
+        ax.axhline(mean, color=GREY, linestyle=":", linewidth=1.4, label="mean over\nall inputs")
         ax.set_title(title)
         ax.set_ylabel(unit)
         ax.set_xlabel("layer")

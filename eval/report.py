@@ -110,11 +110,9 @@ def write_report(report: dict[str, Any], out: str | Path) -> None:
     """Write `report.json` and `report.md` into the folder `out`; each appears whole or not at all.
 
     Raises:
-        ValueError: `out` is a file, or the report holds a number that is not finite.
+        ValueError: the report holds a number that is not finite.
     """
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is a file; give a folder for the report.")
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     write_whole(folder / "report.json", (text + "\n").encode())

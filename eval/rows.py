@@ -85,12 +85,11 @@ def curve_rows(
         if target <= profile.silent_share(0.0):
             continue
         dead_zone = profile.dead_zone(target)
-        families = {
-            "uniform_dead_zone": (partial(controls.uniform_dead_zone, model, dead_zone), dead_zone),
-            "teal": (partial(controls.teal, model, profile.thresholds(target)), None),
-        }
+        families: dict[str, tuple[Callable[[], AbstractContextManager], float | None]] = {}
         with suppress(ValueError):  # a share that the allocation cannot reach has no point
             families["calibrated"] = (partial(controls.allocated, model, allocate(target)), None)
+        families["uniform_dead_zone"] = (partial(controls.uniform_dead_zone, model, dead_zone), dead_zone)
+        families["teal"] = (partial(controls.teal, model, profile.thresholds(target)), None)
         for family, (apply, zone) in families.items():
             setting = _setting() | {"target_silent_share": target, "dead_zone": zone}
             rows.append(Row(family, apply, windows, setting))

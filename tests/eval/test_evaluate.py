@@ -155,18 +155,23 @@ def test_trains_give_the_quality_of_counts(make_pair, tokenizer, prose):
         assert trains[key] == pytest.approx(counts[key], rel=1e-9)
 
 
-def test_wrong_arguments_are_refused(make_pair, tokenizer, prose):
+def test_wrong_arguments_are_refused(make_pair, tokenizer, prose, tmp_path):
     model, baseline = make_pair(num_hidden_layers=1)
+    (tmp_path / "file").write_text("")
     cases = {
         "no text": {"texts": []},
         "Several texts are called 'prose'": {"texts": [prose, prose]},
         "execute must be one of counts, trains": {"execute": "spikes"},
-        "6000 tokens|too short": {"tokens": 6000},
+        "too short: 3000 tokens found, 6000 needed": {"tokens": 6000},
+        "is a file; give a folder": {"out": tmp_path / "file"},
     }
     for message, changes in cases.items():
         arguments = SMALL | {"texts": [prose]} | changes
         with pytest.raises(ValueError, match=message):
             evaluate(model, baseline, tokenizer, arguments.pop("texts"), **arguments)
+    small, _ = make_pair(num_hidden_layers=1, vocab_size=60)
+    with pytest.raises(ValueError, match=r"gives token \d+, but SpikeLMForCausalLM knows 60"):
+        evaluate(small, small, tokenizer, [prose], **SMALL)
     with pytest.raises(ValueError, match="no spike sites"):
         evaluate(baseline, baseline, tokenizer, [prose], execute="trains", **SMALL)
 
@@ -200,6 +205,3 @@ def test_numbers_that_json_does_not_know_never_reach_a_file(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         write_report({"perplexity_ratio": float("nan")}, tmp_path)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
-        write_report({}, tmp_path / "file")
