@@ -12,6 +12,8 @@ One registered op, `spikelm::gated_linear`, serves this file and `simple_gla.py`
 """
 
 import torch
+from torch import Tensor
+
 from spikelm.kernels import gla_torch
 from spikelm.kernels.runtime import (
     check_cu_seqlens,
@@ -22,7 +24,6 @@ from spikelm.kernels.runtime import (
     use_triton,
     wide_dtype,
 )
-from torch import Tensor
 
 # Gates below this log decay are resets. exp(-30) = 9e-14 is a millionth of float32's rounding step: what such a gate
 # would keep of a state of the size of its update, the update's own rounding hides, so taking it for zero changes no
@@ -65,7 +66,7 @@ def gla(
     """
     check_gated_linear("gla", q, k, v, g, tuple(k.shape), initial_state, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _gated_linear(q, k, v, g, initial_state, cu_seqlens, float(scale))
+    return gated_linear(q, k, v, g, initial_state, cu_seqlens, float(scale))
 
 
 def gla_step(
@@ -173,7 +174,7 @@ def check_gated_linear(
 
 
 @torch.library.custom_op("spikelm::gated_linear", mutates_args=())
-def _gated_linear(
+def gated_linear(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -186,7 +187,7 @@ def _gated_linear(
     return _path(q, k, v, g, initial_state).forward(q, k, v, g, initial_state, cu_seqlens, scale, GATE_FLOOR)
 
 
-@_gated_linear.register_fake
+@gated_linear.register_fake
 def _(q, k, v, g, initial_state, cu_seqlens, scale):
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_empty(sequences, *k.shape[2:], v.shape[-1], dtype=wide_dtype(q, k, v, g, initial_state))
@@ -194,7 +195,7 @@ def _(q, k, v, g, initial_state, cu_seqlens, scale):
 
 
 @torch.library.custom_op("spikelm::gated_linear_backward", mutates_args=())
-def _gated_linear_backward(
+def gated_linear_backward(
     do: Tensor | None,
     dfinal: Tensor | None,
     q: Tensor,
@@ -210,7 +211,7 @@ def _gated_linear_backward(
     return path.backward(do, dfinal, q, k, v, g, initial_state, cu_seqlens, scale, GATE_FLOOR)
 
 
-@_gated_linear_backward.register_fake
+@gated_linear_backward.register_fake
 def _(do, dfinal, q, k, v, g, initial_state, cu_seqlens, scale):
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_empty(sequences, *k.shape[2:], v.shape[-1], dtype=wide_dtype(q, k, v, g, initial_state))
@@ -236,8 +237,8 @@ def _differentiate(ctx, do: Tensor | None, dfinal: Tensor | None):
     if do is None and dfinal is None:
         return (None,) * 7
     initial_state = ctx.saved_tensors[4]
-    *grads, dstate = _gated_linear_backward(do, dfinal, *ctx.saved_tensors, ctx.scale)
+    *grads, dstate = gated_linear_backward(do, dfinal, *ctx.saved_tensors, ctx.scale)
     return *grads, None if initial_state is None else dstate.to(initial_state.dtype), None, None
 
 
-_gated_linear.register_autograd(_differentiate, setup_context=_save)
+gated_linear.register_autograd(_differentiate, setup_context=_save)

@@ -20,8 +20,9 @@ from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
-from spikelm.kernels.runtime import sequence_bounds, wide_dtype
 from torch import Tensor
+
+from spikelm.kernels.runtime import sequence_bounds, wide_dtype
 
 CHUNK = 32
 # Elements of the largest tensors of a tile: 2 MiB in float32, so that a tile's work stays in the last cache.
@@ -208,15 +209,9 @@ def _advance(k: Tensor, v: Tensor, decay: Tensor, state: Tensor) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output and last state of a tile; `decay` is used up."""
     k, v = k.squeeze(4), v.squeeze(4)
-    scores = q.new_zeros(*q.shape[:-1], q.shape[3])
-    _self(scores).copy_((q * k.unsqueeze(4)).sum(-1))
     past, future = decay, torch.ones_like(decay)
-    for size in _sizes(q.shape[3]):
-        query = _halves(q, size)[1] * _halves(past, size)[1].unsqueeze(5)
-        key = _halves(k, size)[0] * _halves(future, size)[0]
-        _pairs(scores, size).copy_((query.flatten(4, 5) @ key.mT).view(*query.shape[:-1], size))
-        _grow(past, future, size)
-
+    within = _channel_scores if decay.shape[-1] == k.shape[-1] else _head_scores
+    scores = within(q, k, past, future)[0]
     states = _enter((k * future).mT, v, first=state)
     _carry(states, past[..., -1, :, None])
     out = scores.flatten(3, 4) @ v
@@ -229,30 +224,10 @@ def _backward(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Gradients of a tile's q, k, v, g and first state; `decay` and `do` are used up."""
     k, v, do = k.squeeze(4), v.squeeze(4), do.mul_(scale).flatten(3, 4)
-    dscores = (do @ v.mT).view(*q.shape[:-1], q.shape[3])
-    scores = torch.zeros_like(dscores)
-    _self(scores).copy_((q * k.unsqueeze(4)).sum(-1))
-    direct = _self(dscores).unsqueeze(-1)
-    dq = direct * k.unsqueeze(4)
-    dk = (direct * q).sum(4)
-    sizes = _sizes(q.shape[3])
-    terms = decay.new_empty(len(sizes) + 2, *decay.shape)
     past, future = decay, torch.ones_like(decay)
-    for size, term in zip(sizes, terms):
-        to_query, to_key = _halves(past, size)[1], _halves(future, size)[0]
-        query = _halves(q, size)[1] * to_query.unsqueeze(5)
-        key = _halves(k, size)[0] * to_key
-        flat = query.flatten(4, 5)
-        _pairs(scores, size).copy_((flat @ key.mT).view(*query.shape[:-1], size))
-        block = _pairs(dscores, size).flatten(4, 5)
-        dquery = _meet(block, key).view(query.shape)
-        dkey = _meet(block.mT, flat)
-        _halves(dq, size)[1].addcmul_(dquery, to_query.unsqueeze(5))
-        _halves(dk, size)[0].addcmul_(dkey, to_key)
-        left, right = _halves(term, size)
-        _multiply(query, dquery, right.unsqueeze(5))
-        _multiply(key, dkey, left)
-        _grow(past, future, size)
+    dscores = (do @ v.mT).view(*q.shape[:-1], q.shape[3])
+    within = _channel_scores if decay.shape[-1] == k.shape[-1] else _head_scores
+    scores, dq, dk, terms = within(q, k, past, future, dscores)
 
     keep = past[..., -1, :, None]
     query, key = q * past.unsqueeze(4), k * future
@@ -269,13 +244,69 @@ def _backward(
     dk.addcmul_(dkey, future)
     _multiply(query, dquery, terms[-2].unsqueeze(4))
     _multiply(key, dkey, terms[-1])
-    through = keep * (states[:-1] * dstates[1:]).sum(-1, keepdim=True)
-    terms[-2][..., -1:, :] += (through.sum(-2, keepdim=True) if decay.shape[-1] == 1 else through).mT
-    dg = _gate_gradient(terms, sizes)
+    through = (keep * (states[:-1] * dstates[1:]).sum(-1, keepdim=True)).mT
+    terms[-2][..., -1:, :] += through.sum_to_size(keep.mT.shape)
+    dg = _gate_gradient(terms)
     return (dq, dk.unsqueeze(4), dv.unsqueeze(4), dg.unsqueeze(4)), dstates[0]
 
 
-def _gate_gradient(terms: Tensor, sizes: list[int]) -> Tensor:
+def _channel_scores(q: Tensor, k: Tensor, past: Tensor, future: Tensor, dscores: Tensor | None = None) -> tuple:
+    """Scores within chunks for a gate per channel; `past` and `future` grow from single tokens to chunks.
+
+    With the gradient of the scores: also those of q and k, and per level what the log gates get (`_gate_gradient`).
+    """
+    scores = q.new_zeros(*q.shape[:-1], q.shape[3])
+    _self(scores).copy_((q * k.unsqueeze(4)).sum(-1))
+    sizes = _sizes(q.shape[3])
+    dq = dk = terms = None
+    if dscores is not None:
+        direct = _self(dscores).unsqueeze(-1)
+        dq, dk = direct * k.unsqueeze(4), (direct * q).sum(4)
+        terms = past.new_empty(len(sizes) + 2, *past.shape)
+    for level, size in enumerate(sizes):
+        to_query, to_key = _halves(past, size)[1].unsqueeze(5), _halves(future, size)[0]
+        query, key = _halves(q, size)[1] * to_query, _halves(k, size)[0] * to_key
+        flat = query.flatten(4, 5)
+        _pairs(scores, size).copy_((flat @ key.mT).view(*query.shape[:-1], size))
+        if dscores is not None:
+            block = _pairs(dscores, size).flatten(4, 5)
+            dquery = _meet(block, key).view(query.shape)
+            dkey = _meet(block.mT, flat)
+            _halves(dq, size)[1].addcmul_(dquery, to_query)
+            _halves(dk, size)[0].addcmul_(dkey, to_key)
+            left, right = _halves(terms[level], size)
+            _multiply(query, dquery, right.unsqueeze(5))
+            _multiply(key, dkey, left)
+        _grow(past, future, size)
+    return scores, dq, dk, terms
+
+
+def _head_scores(q: Tensor, k: Tensor, past: Tensor, future: Tensor, dscores: Tensor | None = None) -> tuple:
+    """As `_channel_scores`, for one gate per head: decays are then a factor on whole scores, [..., C, 1, C]."""
+    raw = (q.flatten(3, 4) @ k.mT).view(*q.shape[:-1], q.shape[3])
+    decays = q.new_zeros(*q.shape[:4], 1, q.shape[3])
+    _self(decays).fill_(1.0)
+    sizes = _sizes(q.shape[3])
+    for size in sizes:
+        to_query, to_key = _halves(past, size)[1].unsqueeze(5), _halves(future, size)[0]
+        _pairs(decays, size).copy_(to_query * to_key.mT.unsqueeze(4))
+        _grow(past, future, size)
+    scores = raw * decays
+    if dscores is None:
+        return scores, None, None, None
+    draw = (dscores * decays).flatten(3, 4)
+    dq, dk = (draw @ k).view(q.shape), draw.mT @ q.flatten(3, 4)
+    terms = past.new_empty(len(sizes) + 2, *past.shape)
+    dlog = dscores.mul(scores).sum(4, keepdim=True)
+    for size, term in zip(sizes, terms):
+        left, right = _halves(term, size)
+        block = _pairs(dlog, size).squeeze(5)
+        right.copy_(block.sum(-1, keepdim=True))
+        left.copy_(block.sum(-2).unsqueeze(-1))
+    return scores, dq, dk, terms
+
+
+def _gate_gradient(terms: Tensor) -> Tensor:
     """Sum, for every gate, the terms of the decays that it is a factor of.
 
     `terms` [levels + 2, chunks, N, Hk, C, W]: per level, the gradient of the log decay from the bound through a token
@@ -284,7 +315,7 @@ def _gate_gradient(terms: Tensor, sizes: list[int]) -> Tensor:
     from the chunk down to single tokens, and what crosses the middle is handed to the last token of a half.
     """
     later, earlier = terms[-2], terms[-1]
-    for size, term in zip(reversed(sizes), reversed(terms[:-2].unbind(0))):
+    for size, term in zip(reversed(_sizes(later.shape[3])), reversed(terms[:-2].unbind(0))):
         (left, right), (before, _) = _halves(later, size), _halves(earlier, size)
         crossing = right.sum(-2), before.sum(-2)
         left[..., -1, :] += crossing[0]
