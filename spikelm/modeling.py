@@ -247,9 +247,18 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         if rope and self.config.uses_long_rope and isinstance(past_key_values, SpikeCache):
             # A text that outgrows the short form of LongRoPE is rotated anew as a whole: cached keys are void.
             limit = rope["original_max_position_embeddings"]
-            tokens = input_ids.shape[1] if attention_mask is None else int(attention_mask.sum(1).max())
+            slots = past_key_values.get_seq_length()
+            if attention_mask is None:  # what began as embeddings is longer than its input_ids
+                tokens = max(input_ids.shape[1], slots + (next_sequence_length or 0))
+            else:
+                tokens = int(attention_mask.sum(1).max())
             seen = past_key_values.shared.states.get("tokens")
             if seen is not None and int(seen.max()) <= limit < tokens:
+                if input_ids.shape[1] <= slots:
+                    raise ValueError(
+                        f"The text outgrows {limit} tokens, where LongRoPE rotates all of it anew, but its beginning "
+                        "is not in input_ids: start from tokens instead of embeddings."
+                    )
                 past_key_values.reset()
                 next_sequence_length = None
         return super().prepare_inputs_for_generation(

@@ -107,3 +107,23 @@ def test_cache_rows_can_be_selected_repeated_saved_and_reset(model, ids, tmp_pat
     assert loaded.get_seq_length() == 0 and loaded.nbytes == 0
     with pytest.raises(ValueError, match="cropped"):
         start.crop(3)
+
+
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [3.0] * 4,
+    "original_max_position_embeddings": 8,
+    "factor": 4.0,
+}
+
+
+def test_text_that_outgrows_short_longrope():
+    """Decoding with a cache goes on as without one; what cannot be rotated anew is refused."""
+    model = small_model(mixers="attention", rope_parameters=LONG_ROPE)
+    tokens = torch.randint(0, 97, (2, 6))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
+    assert torch.equal(model.generate(tokens, **options), model.generate(tokens, use_cache=False, **options))
+    with pytest.raises(ValueError, match="start from tokens"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(tokens), **options)
