@@ -29,9 +29,10 @@ not public); when both gains are zero it equals LIF, spike for spike.
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from spikelm.kernels.lif_cpu import lif_cpu_backward, lif_cpu_forward
 from spikelm.kernels.runtime import check_cu_seqlens, use_triton, wide_dtype
-from torch import Tensor
 
 RESETS = ("hard", "soft", "none")
 SURROGATES = ("atan", "sigmoid", "triangle", "rectangle")

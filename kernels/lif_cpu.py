@@ -8,8 +8,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from spikelm.kernels.runtime import sequence_bounds
 from torch import Tensor
+
+from spikelm.kernels.runtime import sequence_bounds
 
 ALL, NONE = "all", "none"
 _CACHED_ELEMENTS = 32768

@@ -8,8 +8,9 @@ with an astrocyte traces and calcium levels) that the forward kernel kept.
 import torch
 import triton
 import triton.language as tl
-from spikelm.kernels.runtime import contiguous
 from torch import Tensor
+
+from spikelm.kernels.runtime import contiguous
 
 # Loads of the next tokens run ahead of the recurrence; they do not depend on it.
 _STAGES = 4

@@ -16,8 +16,9 @@ depend on the rows beside it, so a token is coded alike in prefill and in decodi
 import math
 
 import torch
-from spikelm.kernels.runtime import use_triton, wide_dtype
 from torch import Tensor
+
+from spikelm.kernels.runtime import use_triton, wide_dtype
 
 _TRITON_WIDTH = 65536
 

@@ -7,9 +7,10 @@ are folded in halves, divisions and roots are correctly rounded, and fusion of p
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from spikelm.kernels.runtime import contiguous
 from spikelm.kernels.triton_tools import IS_INTERPRETED, next_power_of_two
-from torch import Tensor
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _HUGE = tl.constexpr(torch.finfo(torch.float32).max)

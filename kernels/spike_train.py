@@ -12,8 +12,9 @@ left; the other two send the most significant bit first (SpikingBrain, arXiv 250
 """
 
 import torch
-from spikelm.kernels.runtime import use_triton
 from torch import Tensor
+
+from spikelm.kernels.runtime import use_triton
 
 CODES = ("binary", "ternary", "bitwise", "twos_complement")
 _SIGNED = ("ternary", "bitwise")

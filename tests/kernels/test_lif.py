@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from spikelm.kernels import lif as module
 from spikelm.kernels.lif import GAINS, RESETS, SURROGATES, Astrocyte, lif, lif_step
 from spikelm.kernels.lif_reference import lif_reference, surrogate_primal
@@ -253,11 +254,11 @@ def test_truncated_gradients_are_those_of_separate_pieces(device, astro):
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("width", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("width", [0.5, 2.0])
 def test_surrogates_have_peak_one_over_width_and_area_one(surrogate, width):
     from spikelm.kernels.lif_cpu import surrogate_slope
 
-    z = torch.linspace(-400.0, 400.0, 320001, dtype=torch.float64).requires_grad_()
+    z = torch.linspace(-400.0, 400.0, 1600001, dtype=torch.float64).requires_grad_()
     (slope,) = torch.autograd.grad(surrogate_primal(z, surrogate, width).sum(), z)
     z = z.detach()
     torch.testing.assert_close(surrogate_slope(z.clone(), surrogate, width), slope)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from spikelm.kernels import spike_encode as module
 from spikelm.kernels.runtime import INTERPRETED
 from spikelm.kernels.spike_encode import rms_norm, rms_norm_spike_encode, spike_encode, spike_quantize

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from spikelm.kernels import spike_train as module
 from spikelm.kernels.spike_train import CODES, bit_spikes, collapse, expand, pack, slot_weights, slots_needed, unpack
 
