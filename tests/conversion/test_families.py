@@ -56,4 +56,5 @@ def test_identity_generate(name):
     ids, mask = prompt(2, 12), torch.ones(2, 12, dtype=torch.long)
     mask[1, :5] = 0
     options = {"attention_mask": mask, "max_new_tokens": 14, "do_sample": False, "eos_token_id": -1}
-    assert torch.equal(model.generate(ids, **options), source.generate(ids, **options))
+    # Without its cache: with it, some versions of transformers leave keys of Phi-3 rotated for a shorter text.
+    assert torch.equal(model.generate(ids, **options), source.generate(ids, use_cache=False, **options))

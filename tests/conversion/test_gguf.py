@@ -35,9 +35,9 @@ def tiny(tmp_path_factory) -> Path:
     writer.add_license("mit")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(["t", "1", "t1", *(f"w{i}" for i in range(3, VOCAB))])
+    writer.add_token_list(["t", "1", "t1", "w", "w1", *(f"w{i}" for i in range(5, VOCAB))])
     writer.add_token_types([TokenType.NORMAL] * VOCAB)
-    writer.add_token_merges(["t 1"])
+    writer.add_token_merges(["t 1", "w 1"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = {
