@@ -218,7 +218,8 @@ def _measured_on(on: dict[str, Any]) -> str:
     facts = {
         "model": f"{on['model']} ({on['dtype']['model']})",
         "baseline": f"{on['baseline']} ({on['dtype']['baseline']})",
-        "spike code": on["code"] and f"{on['code']}, threshold per {on['threshold']}, "
+        "spike code": on["code"]
+        and f"{on['code']}, threshold per {on['threshold']}, "
         f"k = {', '.join(f'{k:g}' for k in on['k'])}, run on {on['execute']}",
         "thresholds of controls and curve": _calibration(on["calibration"]),
         "machine": f"{on['cpu']}, {on['threads']} of {on['cores']} threads, {on['platform']}, device {on['device']}",

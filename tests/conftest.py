@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from small_models import PATTERNS, SITES
 
 

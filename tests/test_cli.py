@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from small_tokenizer import letters
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from small_tokenizer import letters
 from spikelm.cli import main
 
 PROSE = "the quick brown fox jumps over the lazy dog while seven grey mice watch the moon rise slowly. "

@@ -1,8 +1,8 @@
 """The configuration: derived fields, per-layer values, clear refusals, round trips."""
 
 import pytest
-from small_models import small_config
 
+from small_models import small_config
 from spikelm import SpikeLMConfig
 from spikelm.configuration import _PER_LAYER
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from small_models import SITES, small_model
 
+from small_models import SITES, small_model
 from spikelm import SpikeCache
 
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

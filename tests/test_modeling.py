@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import PATTERNS, SITES, small_config, small_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from small_models import PATTERNS, SITES, small_config, small_model
 from spikelm import SpikeLMForCausalLM, SpikeLMForSequenceClassification, SpikeLMModel
 
 

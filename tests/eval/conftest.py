@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_models import SITES, small_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from small_models import SITES, small_model
 from spikelm.eval.data import Text
 
 CHARACTERS = "\n '\"(),-.:;?_=*`<>[]{}" + "".join(map(chr, [*range(48, 58), *range(65, 91), *range(97, 123)]))

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from small_models import SITES, small_model
 
+from small_models import SITES, small_model
 from spikelm.eval import controls
 from spikelm.eval.controls import MagnitudeProfile, match_share
 from spikelm.spiking import SpikeStatistics, spike_groups

@@ -5,8 +5,8 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from small_models import SITES, small_model
 
+from small_models import SITES, small_model
 from spikelm.eval import report as report_module
 from spikelm.eval.data import Text, tokenize
 from spikelm.eval.evaluate import evaluate

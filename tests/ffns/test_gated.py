@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import small_config
 
+from small_models import small_config
 from spikelm.ffns.gated import GatedFFN
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from small_models import small_config, small_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from small_models import small_config, small_model
 from spikelm.context import ForwardContext
 from spikelm.mixers.attention import SoftmaxCore, rotate
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import small_config, small_model
 
+from small_models import small_config, small_model
 from spikelm.mixers.gla import GatedLinearCore, LowRankGate
 
 

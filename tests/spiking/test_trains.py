@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from small_models import SITES, small_model
 
+from small_models import SITES, small_model
 from spikelm.spiking import execute_trains, spike_groups
 
 
