@@ -183,6 +183,7 @@ def gated_linear(
     cu_seqlens: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """The registered op under `gla` and `simple_gla`: g [B, T, Hk, K] or [B, T, Hk, 1]."""
     q, k, v, g, initial_state = contiguous(q, k, v, g, initial_state)
     return _path(q, k, v, g, initial_state).forward(q, k, v, g, initial_state, cu_seqlens, scale, GATE_FLOOR)
 
@@ -206,6 +207,7 @@ def gated_linear_backward(
     cu_seqlens: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g and the initial states."""
     do, dfinal, q, k, v, g, initial_state = contiguous(do, dfinal, q, k, v, g, initial_state)
     path = _path(q, k, v, g, initial_state)
     return path.backward(do, dfinal, q, k, v, g, initial_state, cu_seqlens, scale, GATE_FLOOR)

@@ -2,6 +2,8 @@
 
 import torch
 import triton.language as tl
+from torch import Tensor
+
 from spikelm.kernels.gla_triton_backward import (
     gla_keys_backward_kernel,
     gla_scores_backward_kernel,
@@ -11,11 +13,11 @@ from spikelm.kernels.gla_triton_backward import (
 from spikelm.kernels.gla_triton_forward import gla_output_kernel, gla_scores_kernel, gla_states_kernel
 from spikelm.kernels.runtime import INTERPRETED, chunk_table
 from spikelm.kernels.triton_tools import next_power_of_two
-from torch import Tensor
 
 # A smaller chunk lets the interpreter's small cases cross several chunks.
 CHUNK = 16 if INTERPRETED else 64
 WIDEST_TILE = 64
+NARROW_TILE = 32
 
 
 def forward(
@@ -60,7 +62,7 @@ def backward(
     dlast = torch.zeros_like(first) if dfinal is None else dfinal
     do = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device) if do is None else do
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    dg, dnext = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+    dg = torch.empty(k.shape, dtype=torch.float32, device=k.device)
     dscores, dstates = torch.empty_like(scores), torch.empty_like(states)
     chunks, bounds, offsets = table
     heads, shared = q.shape[2], k.shape[2]
@@ -75,13 +77,13 @@ def backward(
         gla_values_backward_kernel[(len(chunks) * shared, tiles_v)](
             k, g, scores, do, dstates, dv, scale, chunks, heads, shared, **constants
         )
-        tensors = (q, k, v, g, do, dscores, states, dstates, dq, dk, dg, dnext)
-        gla_keys_backward_kernel[(len(chunks) * shared, tiles_k)](
-            *tensors, scale, chunks, heads, shared, **constants, LEVELS=_levels(constants)
+        tensors = (q, k, v, g, do, dscores, states, dstates, dq, dk, dg)
+        # This kernel holds eight tiles of K at once: narrower ones fit the registers.
+        narrow = {**constants, "BK": min(NARROW_TILE, constants["BK"]), "LEVELS": _levels(constants)}
+        gla_keys_backward_kernel[(len(chunks) * shared, -(-k.shape[-1] // narrow["BK"]))](
+            *tensors, scale, chunks, heads, shared, **narrow
         )
-    dg, dnext = dg.flatten(0, 1), dnext.flatten(0, 1)
-    dg[1:] += dnext[:-1]
-    dg = dg.view(k.shape).sum_to_size(g.shape).masked_fill_(g < floor, 0.0).to(g.dtype)
+    dg = dg.sum_to_size(g.shape).masked_fill_(g < floor, 0.0).to(g.dtype)
     return dq, dk, dv, dg, dfirst
 
 

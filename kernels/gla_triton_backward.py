@@ -1,17 +1,16 @@
 """Triton kernels of gated linear attention, backward; `gla_triton.py` launches them. Method as in the forward file.
 
 The gradient of a log gate is a sum over the pairs (i, j) whose decay it is a factor of. A decay from a bound through
-row i gives the same term to all rows from the bound to i, so its terms are summed from the end (rows >= t count); a
-decay after row j to a bound gives it to the rows behind j. The latter sums are kept one row early, as `dnext`, for the
-same reason that `b_next` is: nothing then needs to be subtracted. The launcher adds the two, shifted.
+row i gives its term to the gates from the bound to i, a decay after row j to a bound to the gates behind j: products
+with matrices of zeros and ones, and sums of terms that all belong to the gate, free of cancellation.
 """
 
 import triton
 import triton.language as tl
+
 from spikelm.kernels.gla_triton_forward import (
     CONFIGS,
-    block_sum,
-    bound_decays,
+    grow,
     load_gates,
     load_rows,
     meet,
@@ -46,7 +45,7 @@ def gla_states_backward_kernel(
         o_t = t_0 + i * BT + o_i
         m_t = o_t < t_end
         b_g = load_gates(g, o_t, m_t, shared, i_s, o_k, K, W, FLOOR)
-        b_past = tl.exp(block_sum(b_g, BT, False))
+        b_past = tl.exp(tl.cumsum(b_g, 0))
         b_dh = b_dh * tl.exp(tl.sum(b_g, 0))[:, None]
         for i_g in range(0, heads // shared):
             i_h = i_s * (heads // shared) + i_g
@@ -102,7 +101,7 @@ def gla_values_backward_kernel(
         b_k = load_rows(k, o_t, m_t, shared, i_s, o_k, K)  # [BT, BK]
         b_next = load_gates(g, o_t + 1, m_next, shared, i_s, o_k, K, W, FLOOR)
         b_dh = load_rows(dh + i_cs * K * V, o_k, o_k < K, 1, 0, o_v, V)  # [BK, BV]
-        b_dv += dot((b_k * tl.exp(block_sum(b_next, BT, True))).to(DT), b_dh.to(DT), PRECISION)
+        b_dv += dot((b_k * tl.exp(tl.cumsum(b_next, 0, reverse=True))).to(DT), b_dh.to(DT), PRECISION)
     for i_g in range(0, heads // shared):
         i_h = i_s * (heads // shared) + i_g
         b_a = load_rows(a, o_t, m_t, heads, i_h, o_i, BT)  # [BT, BT]
@@ -111,14 +110,24 @@ def gla_values_backward_kernel(
     store_rows(dv, b_dv, o_t, m_t, shared, i_s, o_v, V)
 
 
+@triton.jit
+def crossed(o_i, size):
+    """[BT, BT] of 0 and 1: whether gate t is a factor of the decay between row i and the middle of its pair of blocks
+    of `size` rows: from the middle through i in a right block (t <= i), after i to the middle in a left one (t > i).
+    """
+    o_b = o_i // size
+    m_side = tl.where((o_b % 2 == 1)[None, :], o_i[:, None] <= o_i[None, :], o_i[:, None] > o_i[None, :])
+    return ((o_b[:, None] == o_b[None, :]) & m_side).to(tl.float32)
+
+
 @autotune(CONFIGS, key=["K", "V"])
 @triton.jit
 def gla_keys_backward_kernel(
-    q, k, v, g, do, da, h, dh, dq, dk, dg, dnext, scale, chunks, heads, shared,
+    q, k, v, g, do, da, h, dh, dq, dk, dg, scale, chunks, heads, shared,
     K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, FLOOR: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q, k and of the log gates (`dg`, `dnext`: see the head of this file), all [tokens, heads, K]."""
+    """Gradients of q, k and of the log gates, each channel by itself: dg [tokens, shared, K]."""
     i_cs = tl.program_id(0).to(tl.int64)
     i_c, i_s = i_cs // shared, i_cs % shared
     o_i = tl.arange(0, BT)
@@ -139,9 +148,9 @@ def gla_keys_backward_kernel(
         b_v = load_rows(v, o_t, m_t, shared, i_s, o_v, V)  # [BT, BV]
         b_dk += dot(b_v.to(DT), tl.trans(b_dh.to(DT)), PRECISION)
         b_through += tl.sum(b_h * b_dh, 1)
-    b_dk *= tl.exp(block_sum(b_next, BT, True))
-    b_dnext = block_sum(b_k * b_dk, BT, False)
-    b_dg = tl.zeros((BT, BK), dtype=tl.float32) + (b_through * tl.exp(tl.sum(b_g, 0)))[None, :]
+    b_dk *= tl.exp(tl.cumsum(b_next, 0, reverse=True))
+    m_before = (o_i[:, None] > o_i[None, :]).to(tl.float32)
+    b_dg = dot(m_before, b_k * b_dk, PRECISION) + (b_through * tl.exp(tl.sum(b_g, 0)))[None, :]
 
     for i_g in range(0, heads // shared):
         i_h = i_s * (heads // shared) + i_g
@@ -152,23 +161,22 @@ def gla_keys_backward_kernel(
             b_do = load_rows(do, o_t, m_t, heads, i_h, o_v, V)  # [BT, BV]
             b_dq += dot(b_do.to(DT), tl.trans(b_h.to(DT)), PRECISION)
         b_q = load_rows(q, o_t, m_t, heads, i_h, o_k, K)  # [BT, BK]
-        b_dq *= scale * tl.exp(block_sum(b_g, BT, False))
-        b_dg += block_sum(b_q * b_dq, BT, True)
+        b_dq *= scale * tl.exp(tl.cumsum(b_g, 0))
+        b_dg += tl.cumsum(b_q * b_dq, 0, reverse=True)
         b_da = load_rows(da, o_t, m_t, heads, i_h, o_i, BT)  # [BT, BT]
         b_self = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_da, 0.0), 1)[:, None]
         b_dq += b_self * b_k
         b_dk += b_self * b_q
-        for level in tl.static_range(LEVELS):
-            b_past, b_future = bound_decays(b_g, b_next, o_i, 1 << level)
+        b_past, b_future = tl.exp(b_g), tl.full((BT, BK), 1.0, dtype=tl.float32)
+        for level in range(LEVELS):
             b_pairs = tl.where(meet(o_i, 1 << level), b_da, 0.0).to(DT)
             b_x = dot(b_pairs, (b_k * b_future).to(DT), PRECISION) * b_past
             b_y = dot(tl.trans(b_pairs), (b_q * b_past).to(DT), PRECISION) * b_future
             b_dq += b_x
             b_dk += b_y
-            b_dg += block_sum(b_q * b_x, 1 << level, True)
-            b_z = block_sum(b_k * b_y, 1 << level, False)
-            b_dnext += tl.where((o_i % (1 << level) == (1 << level) - 1)[:, None], 0.0, b_z)
+            # b_x is zero in left blocks, b_y in right ones.
+            b_dg += dot(crossed(o_i, 1 << level), b_q * b_x + b_k * b_y, PRECISION)
+            b_past, b_future = grow(b_past, b_future, o_i, 1 << level)
         store_rows(dq, b_dq, o_t, m_t, heads, i_h, o_k, K)
     store_rows(dk, b_dk, o_t, m_t, shared, i_s, o_k, K)
     store_rows(dg, b_dg, o_t, m_t, shared, i_s, o_k, K)
-    store_rows(dnext, tl.where(m_next[:, None], b_dnext, 0.0), o_t, m_t, shared, i_s, o_k, K)

@@ -1,12 +1,13 @@
 """Triton kernels of gated linear attention, forward; `gla_triton.py` launches them.
 
 The method is that of `gla_torch.py`: chunks of BT tokens, scores within a chunk by halving. Batch and time are one
-axis of tokens, cut by a table of chunks (first token, number of tokens) that never cross a sequence. Decays come from
-sums of log gates, made by scans within each block and never by subtraction, so -inf, a reset, is summed safely.
+axis of tokens, cut by a table of chunks (first token, number of tokens) that never cross a sequence. Log gates are
+summed by scans, decays multiplied, and nothing is subtracted or divided: -inf, which a reset becomes, is safe.
 """
 
 import triton
 import triton.language as tl
+
 from spikelm.kernels.triton_tools import autotune, dot
 
 CONFIGS = [triton.Config({}, num_warps=4), triton.Config({}, num_warps=8), triton.Config({}, num_warps=2)]
@@ -36,30 +37,21 @@ def load_gates(g, o_t, m_t, heads, i_h, o_k, K: tl.constexpr, W: tl.constexpr, F
 
 
 @triton.jit
-def block_sum(b_x, SIZE: tl.constexpr, REVERSE: tl.constexpr):
-    """Running sum over the rows of every block of SIZE rows, from its first row or (REVERSE) from its last."""
-    if SIZE == 1:
-        b_y = b_x
-    elif b_x.shape[0] == SIZE:
-        b_y = tl.cumsum(b_x, 0, reverse=REVERSE)
-    else:
-        b_y = tl.reshape(b_x, (b_x.shape[0] // SIZE, SIZE, b_x.shape[1]))
-        b_y = tl.reshape(tl.cumsum(b_y, 1, reverse=REVERSE), (b_x.shape[0], b_x.shape[1]))
-    return b_y
+def grow(b_past, b_future, o_i, size):
+    """Double the blocks of `size` rows that `b_past` (decay from a block's start through a row) and `b_future` (decay
+    after a row to the block's end) refer to: each row takes the whole decay of the other block of its pair.
+    """
+    m_right = o_i // size % 2 == 1
+    o_end = tl.where(m_right, o_i // size * size, (o_i // size + 2) * size) - 1
+    b_other = tl.gather(b_past, tl.broadcast_to(o_end[:, None], b_past.shape), 0)
+    b_past = tl.where(m_right[:, None], b_past * b_other, b_past)
+    return b_past, tl.where(m_right[:, None], b_future, b_future * b_other)
 
 
 @triton.jit
-def bound_decays(b_g, b_next, o_i, SIZE: tl.constexpr):
-    """Decays from a block's start through each row, and after each row to the block's end; b_next: gates a row on."""
-    b_past = tl.exp(block_sum(b_g, SIZE, False))
-    b_inside = tl.where((o_i % SIZE == SIZE - 1)[:, None], 0.0, b_next)
-    return b_past, tl.exp(block_sum(b_inside, SIZE, True))
-
-
-@triton.jit
-def meet(o_i, SIZE: tl.constexpr):
-    """[BT, BT]: whether query i lies in the right and key j in the left block of one pair of blocks of SIZE rows."""
-    o_b = o_i // SIZE
+def meet(o_i, size):
+    """[BT, BT]: whether query i lies in the right and key j in the left block of one pair of blocks of `size` rows."""
+    o_b = o_i // size
     return ((o_b % 2 == 1)[:, None]) & (o_b[:, None] == o_b[None, :] + 1)
 
 
@@ -91,7 +83,7 @@ def gla_states_kernel(
         b_g = load_gates(g, o_t, m_t, heads, i_h, o_k, K, W, FLOOR)
         m_next = (o_t + 1 < t_end) & (o_i < BT - 1)
         b_next = load_gates(g, o_t + 1, m_next, heads, i_h, o_k, K, W, FLOOR)
-        b_key = b_k * tl.exp(block_sum(b_next, BT, True))
+        b_key = b_k * tl.exp(tl.cumsum(b_next, 0, reverse=True))
         b_h = b_h * tl.exp(tl.sum(b_g, 0))[:, None] + dot(tl.trans(b_key.to(DT)), b_v.to(DT), PRECISION)
     tl.store(last + i_nh * K * V + o_kv, b_h, mask=m_kv)
 
@@ -110,7 +102,6 @@ def gla_scores_kernel(
     o_i = tl.arange(0, BT)
     o_t = tl.load(chunks + 2 * i_c) + o_i
     m_t = o_i < tl.load(chunks + 2 * i_c + 1)
-    m_next = o_i + 1 < tl.load(chunks + 2 * i_c + 1)
 
     b_a = tl.zeros((BT, BT), dtype=tl.float32)
     for i_k in range(0, tl.cdiv(K, BK)):
@@ -119,11 +110,11 @@ def gla_scores_kernel(
         b_k = load_rows(k, o_t, m_t, shared, i_s, o_k, K)
         b_a += tl.where(o_i[:, None] == o_i[None, :], tl.sum(b_q * b_k, 1)[:, None], 0.0)
         b_g = load_gates(g, o_t, m_t, shared, i_s, o_k, K, W, FLOOR)
-        b_next = load_gates(g, o_t + 1, m_next, shared, i_s, o_k, K, W, FLOOR)
-        for level in tl.static_range(LEVELS):
-            b_past, b_future = bound_decays(b_g, b_next, o_i, 1 << level)
+        b_past, b_future = tl.exp(b_g), tl.full((BT, BK), 1.0, dtype=tl.float32)
+        for level in range(LEVELS):
             b_s = dot((b_q * b_past).to(DT), tl.trans((b_k * b_future).to(DT)), PRECISION)
             b_a += tl.where(meet(o_i, 1 << level), b_s, 0.0)
+            b_past, b_future = grow(b_past, b_future, o_i, 1 << level)
     store_rows(a, b_a, o_t, m_t, heads, i_h, o_i, BT)
 
 
@@ -151,5 +142,5 @@ def gla_output_kernel(
         b_q = load_rows(q, o_t, m_t, heads, i_h, o_k, K)  # [BT, BK]
         b_g = load_gates(g, o_t, m_t, shared, i_s, o_k, K, W, FLOOR)
         b_h = load_rows(h + (i_c * shared + i_s) * K * V, o_k, o_k < K, 1, 0, o_v, V)  # [BK, BV]
-        b_o += dot((b_q * tl.exp(block_sum(b_g, BT, False))).to(DT), b_h.to(DT), PRECISION)
+        b_o += dot((b_q * tl.exp(tl.cumsum(b_g, 0))).to(DT), b_h.to(DT), PRECISION)
     store_rows(o, b_o * scale, o_t, m_t, heads, i_h, o_v, V)
