@@ -13,7 +13,8 @@ from torch import Tensor
 from spikelm.kernels.runtime import sequence_bounds
 
 ALL, NONE = "all", "none"
-_CACHED_ELEMENTS = 32768
+# Half of what torch splits over threads: waiting for them would cost more than a piece does.
+_CACHED_ELEMENTS = 16384
 
 
 @dataclass
@@ -137,11 +138,15 @@ def lif_cpu_forward(
 
 
 def _run_lif(drive, params, states, running, fresh, reset, unit_gain):
-    """Advance states [N, 1, D] in place over drive [R, D]; returns spikes (bool) and history [1, R, D]."""
+    """Advance states [N, 1, D] in place over drive [R, D]; returns spikes and history [1, R, D].
+
+    Spikes are floats, as comparisons and products with bool tensors are slow; s is 0 or 1, so h - s h and h - s V_th
+    are exact.
+    """
     decay, threshold = params
     membranes = drive * (1.0 - decay) if unit_gain else drive.clone()
-    spikes = membranes.new_empty(membranes.shape, dtype=torch.bool)
-    state, zero = states[:, 0], membranes.new_zeros(())
+    spikes = torch.empty_like(membranes)
+    state = states[:, 0]
     kept = torch.empty_like(state)
     for t, (h, s) in enumerate(zip(membranes.split(running), spikes.split(running))):
         v, keep = (state, kept) if len(h) == len(state) else (state[: len(h)], kept[: len(h)])
@@ -151,10 +156,9 @@ def _run_lif(drive, params, states, running, fresh, reset, unit_gain):
         h.add_(keep)
         torch.ge(h, threshold, out=s)
         if reset == "hard":
-            torch.where(s, zero, h, out=v)
+            torch.addcmul(h, h, s, value=-1.0, out=v)
         elif reset == "soft":
-            torch.mul(threshold, s, out=keep)
-            torch.sub(h, keep, out=v)
+            torch.addcmul(h, threshold, s, value=-1.0, out=v)
         else:
             v.copy_(h)
     return spikes, membranes[None]
@@ -243,28 +247,36 @@ def _lif_gradients(
     alone = layout.batch is not None and cuts is not None and all(cut is ALL for cut in cuts)
     for begin, end, row, stop in reversed(layout.pieces(x.shape[1])):
         membranes, dfire = history[0, row:stop], ds[row:stop]
-        fired = membranes >= threshold
+        fired = torch.ge(membranes, threshold, out=torch.empty_like(membranes))
         slope = surrogate_slope(membranes - threshold, surrogate, width)
         if reset == "hard":
-            through = (~fired).to(membranes.dtype)
+            through = 1.0 - fired
         else:
             through = torch.ones_like(membranes)
         if not detach and reset != "none":
             through.addcmul_(membranes if reset == "hard" else threshold, slope, value=-1.0)
         dmembranes, after = dfire * slope, torch.empty_like(membranes)
         running = layout.running[begin:end]
-        steps = list(zip(range(begin, end), *(tensor.split(running) for tensor in (dmembranes, through, after))))
+        steps = list(zip(range(begin, end), *(part.split(running) for part in (dmembranes, through, after))))
         if alone:
             # Only the last token hears from a later one: from the final state.
             after.zero_()
             steps = steps[-1:] if end == len(layout.running) else []
-        for t, dh, m, dafter in reversed(steps):
-            dv_t = dv if len(dh) == len(dv) else dv[: len(dh)]
-            dafter.copy_(dv_t)
+        if steps:
+            steps[-1][3].copy_(dv[: running[-1]])
+        for at in range(len(steps) - 1, -1, -1):
+            t, dh, m, dafter = steps[at]
             dh.addcmul_(dafter, m)
-            torch.mul(dh, decay, out=dv_t)
+            # What the token before hears, where that one's step stands in this piece; else it waits in dv.
+            heard = steps[at - 1][3] if at else dv
+            count = len(dh)
+            if count < len(heard):
+                if at:
+                    heard[count:] = dv[count : len(heard)]
+                heard = heard[:count]
+            torch.mul(dh, decay, out=heard)
             if cuts is not None:
-                _clear(dv_t, cuts[t])
+                _clear(heard, cuts[t])
         dx[row:stop] = dmembranes * gain if unit_gain else dmembranes
 
         # What the reset sends to the threshold: through the spike, and in the soft case directly.
@@ -275,9 +287,10 @@ def _lif_gradients(
             dparams[1] -= after.mul_(fired).sum(0)
         earlier = history[0, row - layout.running[begin - 1] if begin else 0 : stop]
         if reset == "hard":
-            earlier = earlier * (earlier < threshold)
+            earlier = torch.lt(earlier, threshold, out=torch.empty_like(earlier)).mul_(earlier)
         elif reset == "soft":
-            earlier = earlier - threshold * (earlier >= threshold)
+            taken = torch.ge(earlier, threshold, out=torch.empty_like(earlier)).mul_(threshold)
+            earlier = earlier - taken
         earlier = layout.before(initial, earlier, begin, end)
         if fresh is not None:
             earlier = earlier.masked_fill(fresh[row:stop], 0.0)

@@ -124,6 +124,19 @@ def test_float64_against_autograd(astro, layout, masked, history, reset):
         compare("cpu", layout, astro, torch.float64, masked, temporal_grad=temporal_grad, window=window, **choices)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("elements", [1, 12, 40])
+def test_pieces_of_time_join_without_a_seam(monkeypatch, layout, reset, elements):
+    """The loops work on pieces that fit the cache; here every piece is a few steps long."""
+    from spikelm.kernels import lif_cpu
+
+    monkeypatch.setattr(lif_cpu, "_CACHED_ELEMENTS", elements)
+    for masked, (temporal_grad, window) in itertools.product((False, True), HISTORIES.values()):
+        choices = {"reset": reset, "temporal_grad": temporal_grad, "window": window}
+        compare("cpu", layout, False, torch.float64, masked, **choices)
+
+
 CASES = [
     # layout, astrocyte, mask, history, reset, detached, surrogate, gain, channels
     ("batch", False, False, "full", "hard", False, "atan", "euler", 5),

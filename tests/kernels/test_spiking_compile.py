@@ -92,7 +92,7 @@ def check(name: str, target: tuple, dtype: str) -> None:
     assert compiled.metadata.shared <= SHARED[target], f"{name} wants {compiled.metadata.shared} B of shared memory"
     decides = name.startswith(("encode", "quantize", "norm", "lif", "astro"))
     if decides and target[0] == "cuda":
-        assert "fma.rn" not in compiled.asm["ptx"], "a fused product rounds once where the definition rounds twice"
+        assert "fma.rn.f32" not in compiled.asm["ptx"], "a fused product rounds once where the definition rounds twice"
 
 
 @pytest.mark.parametrize("target", DEFAULT, ids=str)
