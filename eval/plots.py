@@ -76,7 +76,7 @@ def raster(model: nn.Module, tokenizer: Any, prompt: str) -> Figure:
     slots = _SLOTS[code]
 
     figure = Figure(figsize=(4.2 * len(names) + 1.2, 2.9 * len(layers) + 1.5), dpi=110, layout="constrained")
-    axes = figure.subplots(len(layers), len(names), squeeze=False)
+    axes: Any = figure.subplots(len(layers), len(names), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     for group in groups:

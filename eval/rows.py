@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spikelm.conversion.allocation import ActivationProfile
-from spikelm.conversion.calibration import _run_with_gradients
+from spikelm.conversion.calibration import activation_profile
 from spikelm.eval import controls
 from spikelm.eval.controls import MagnitudeProfile, match_share
 from spikelm.eval.data import TokenizedText
 from spikelm.eval.fidelity import Row, run_counted
-from spikelm.spiking.site import SpikeGroup, spike_groups
+from spikelm.spiking.site import spike_groups
 
 PLAIN_K = 3.0
 TARGETS = (0.2, 0.25, 0.3, 0.4, 0.5)
@@ -98,21 +97,9 @@ def curve_rows(
 
 def calibrated_allocation(model: nn.Module, windows: list[Tensor], progress: bool = False) -> Allocation:
     """The allocation that a conversion calibrates, from one pass forward and back over calibration windows."""
-    groups = list(spike_groups(model))
-    profile = ActivationProfile(groups)
-    order = {group.path: index for index, group in enumerate(groups)}
-
-    def passing(group: SpikeGroup) -> controls.Substitute:
-        def see(x: Tensor) -> Tensor:
-            profile.see(order[group.path], x)
-            return x
-
-        return see
-
     ids = torch.stack(windows).to(next(model.parameters()).device)
-    with controls.substituted(model, passing):
-        _run_with_gradients(model, ids, progress)
-    return lambda share: {group.path: zone for group, zone in zip(groups, profile.by_gradient(share))}
+    profile = activation_profile(model, ids, gradients=True, progress=progress)
+    return lambda share: {group.path: zone for group, zone in zip(profile.groups, profile.by_gradient(share))}
 
 
 def curve_windows(texts: list[TokenizedText], tokens: int) -> list[int]:

@@ -56,14 +56,24 @@ def calibrate(
         _set_magnitudes(model, stored, groups, ids, progress)
     if silent_share is None:
         return result
+    profile = activation_profile(model, ids, gradients=allocation == "gradient", progress=progress)
+    allocate = profile.by_gradient if allocation == "gradient" else profile.uniform
+    return result | {"allocation": allocation} | _reach(model, groups, ids, silent_share, allocate, progress)
+
+
+def activation_profile(model: nn.Module, ids: Tensor, *, gradients: bool, progress: bool = False) -> ActivationProfile:
+    """What the sites of the float model see on `ids` `[n, T]`; with gradients, also what each channel matters.
+
+    From one profile follow the dead zones for any silent share: `profile.by_gradient(share)`, `profile.uniform(share)`.
+    """
+    groups = list(spike_groups(model))
     profile = ActivationProfile(groups)
     with _substituted(groups, profile.see):
-        if allocation == "gradient":
+        if gradients:
             _run_with_gradients(model, ids, progress)
         else:
             _run(model, ids, "Reading activations", progress)
-    allocate = profile.by_gradient if allocation == "gradient" else profile.uniform
-    return result | {"allocation": allocation} | _reach(model, groups, ids, silent_share, allocate, progress)
+    return profile
 
 
 def _windows(model: nn.Module, tokenizer: Any, text: str | Tensor | None, tokens: int) -> tuple[Tensor, dict[str, Any]]:

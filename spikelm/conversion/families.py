@@ -20,7 +20,7 @@ _MLP = {f"mlp.{p}_proj": f"ffn.{p}_proj" for p in ("gate", "up", "down")}
 _PRE_NORMS = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "ffn_norm"}
 _POST_NORMS = {"post_attention_layernorm": "mixer_post_norm", "post_feedforward_layernorm": "ffn_post_norm"}
 _GEMMA_NORMS = {"input_layernorm": "mixer_norm", "pre_feedforward_layernorm": "ffn_norm"} | _POST_NORMS
-_FUSED = {
+_FUSED: dict[str, str | tuple[str, ...]] = {
     "self_attn.qkv_proj": ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
     "self_attn.o_proj": "mixer.o_proj",
     "mlp.gate_up_proj": ("ffn.gate_proj", "ffn.up_proj"),

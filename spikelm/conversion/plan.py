@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -182,7 +182,8 @@ class ConversionPlan:
         """The plan for one model as a table of a few lines."""
         counts = Counter(config.mixers)
         layers = ", ".join(f"{n} x {name}" for name, n in counts.items())
-        widths = sorted({w for w in config.attention_window or [] if w})
+        windows = config.attention_window if isinstance(config.attention_window, list) else [config.attention_window]
+        widths = sorted({w for w in windows if w})
         rows = [("source", source), ("layers", f"{layers} ({self._origin()})")]
         if widths:
             rows.append(("windows", f"{', '.join(map(str, widths))} tokens"))
@@ -212,7 +213,7 @@ class ConversionPlan:
 _PER = {"token": "token", "calibrated": "layer and site, calibrated", "learned": "layer and site, learned"}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -266,7 +266,8 @@ def _check_tensors(opened: Source) -> None:
                 f"Tensor {name} of {opened.name} is {str(tensor.dtype).removeprefix('torch.')}; expected float16, "
                 "bfloat16, float32 or float64. Convert the checkpoint from before quantisation."
             )
-        if not bool(tensor.isfinite().all()):
+        wide = torch.float64 if tensor.dtype is torch.float64 else torch.float32
+        if not bool(tensor.sum(dtype=wide).isfinite()):  # one value that is not makes the sum so
             raise ValueError(f"Tensor {name} of {opened.name} holds values that are not finite. Get the source again.")
 
 
