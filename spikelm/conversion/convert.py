@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 import spikelm
 from spikelm.configuration import SpikeLMConfig
 from spikelm.conversion.calibration import calibrate
-from spikelm.conversion.families import Family, family_of
+from spikelm.conversion.checkpoints import reason
+from spikelm.conversion.families import HEAD, Family, family_of
 from spikelm.conversion.folder import check_out, write_folder
-from spikelm.conversion.keys import HEAD, map_tensors, new_parameters, normalised
+from spikelm.conversion.keys import map_tensors, new_parameters, normalised
 from spikelm.conversion.plan import ConversionPlan
 from spikelm.conversion.sources import Source, open_source, quiet
 from spikelm.modeling import SpikeLMForCausalLM
@@ -62,18 +63,18 @@ def convert(
         raise ValueError(f"Give a plan or its choices, not both; got a plan and {', '.join(sorted(choices))}.")
     plan = plan or ConversionPlan.of(**choices)
     wanted = _dtype(dtype)
-    if out is not None:
-        check_out(Path(out), overwrite)
+    place = None if out is None else Path(out).expanduser()
+    if place is not None:
+        check_out(place, overwrite)
     opened = open_source(source, tokenizer=tokenizer, progress=progress)
     family = family_of(opened.config)
     config = plan.apply(family.fields(opened.config))
-    wanted = wanted or opened.dtype
     if progress:
         print(plan.describe(config, f"{opened.name} ({family.name})"), file=sys.stderr)
     if plan.needs_text and not isinstance(calibration_text, Tensor) and opened.tokenizer is None:
         raise ValueError("Calibration needs a tokenizer, and the source has none: give tokenizer= or token ids.")
 
-    model, record = _build(opened, family, config, wanted)
+    model, record = _build(opened, family, config, wanted or opened.dtype)
     if isinstance(source, PreTrainedModel):
         model.to(source.device)  # type: ignore[arg-type]
     record |= {"plan": plan.as_dict(), "calibration": None, "measured": {}, "notes": opened.notes}
@@ -87,8 +88,8 @@ def convert(
             progress=progress,
         )
     model.conversion = record
-    if out is not None:
-        write_folder(Path(out), model, opened, record, overwrite)
+    if place is not None:
+        write_folder(place, model, opened, record, overwrite)
     return model
 
 
@@ -96,10 +97,10 @@ def _build(
     opened: Source, family: Family, config: SpikeLMConfig, dtype: torch.dtype
 ) -> tuple[SpikeLMForCausalLM, dict[str, Any]]:
     """The model, filled with the source's tensors (which leave `opened`), and the first part of its record."""
+    source_dtype = opened.dtype
     tensors, config.tie_word_embeddings = normalised(opened.tensors, config.tie_word_embeddings)
-    opened.tensors = {}
-    with torch.device("meta"):
-        expected = {name: t.shape for name, t in SpikeLMForCausalLM(config).state_dict().items()}
+    del opened.tensors  # from here on each tensor is held once
+    expected = _shapes(config)
     if config.tie_word_embeddings:
         del expected[HEAD]
     new = new_parameters(config)
@@ -127,7 +128,7 @@ def _build(
             "kind": opened.kind,
             "family": family.name,
             "architecture": family.architecture,
-            "dtype": str(opened.dtype).removeprefix("torch."),
+            "dtype": str(source_dtype).removeprefix("torch."),
             "licence": opened.licence,
         },
         "result": {
@@ -140,6 +141,15 @@ def _build(
         "new_parameters": sorted(new),
     }
     return model, record
+
+
+def _shapes(config: SpikeLMConfig) -> dict[str, torch.Size]:
+    """Name -> shape of every tensor of a model, built without memory."""
+    try:
+        with torch.device("meta"):
+            return {name: t.shape for name, t in SpikeLMForCausalLM(config).state_dict().items()}
+    except Exception as error:
+        raise ValueError(f"The source's configuration does not make a model: {reason(error)}") from error
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:

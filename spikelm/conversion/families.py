@@ -27,6 +27,7 @@ _FUSED: dict[str, str | tuple[str, ...]] = {
     "mlp.down_proj": "ffn.down_proj",
 }
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OUTER = {"model.embed_tokens": "model.embed_tokens", "model.norm": "model.norm", "lm_head": "lm_head"}
 
 
@@ -191,7 +192,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family("Gemma 2", "Gemma2ForCausalLM", _gemma2, _ATTENTION | _MLP | _GEMMA_NORMS),
     "gemma3_text": Family("Gemma 3 (text)", "Gemma3ForCausalLM", _gemma3, _ATTENTION | _QK_NORMS | _MLP | _GEMMA_NORMS),
     "olmo2": Family("OLMo 2", "Olmo2ForCausalLM", _olmo2, _ATTENTION | _QK_NORMS | _MLP | _POST_NORMS),
-    "phi3": Family("Phi-3", "Phi3ForCausalLM", _phi3, _FUSED | _PRE_NORMS),
+    "phi3": Family("Phi-3", "Phi3ForCausalLM", _phi3, {**_FUSED, **_PRE_NORMS}),
 }
 
 

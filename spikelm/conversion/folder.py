@@ -34,7 +34,8 @@ def write_folder(
     out: Path, model: "SpikeLMForCausalLM", source: "Source", record: dict[str, Any], overwrite: bool
 ) -> None:
     """Write everything beside `out` first, then move it there; whatever goes wrong, no part of it stays."""
-    created = [parent for parent in out.absolute().parents if not parent.exists()]
+    out = out.absolute()
+    created = [parent for parent in out.parents if not parent.exists()]
     staging = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}")
     try:
         staging.mkdir(parents=True)

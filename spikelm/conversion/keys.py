@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from spikelm.configuration import SpikeLMConfig
-from spikelm.conversion.families import OUTER, Family
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from spikelm.conversion.families import EMBEDDING, HEAD, OUTER, Family
 
 _LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 # Rotary tables that old checkpoints carry; they follow from the configuration.

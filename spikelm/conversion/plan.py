@@ -53,8 +53,6 @@ class ConversionPlan:
     allocation: str = "gradient"
 
     def __post_init__(self) -> None:
-        if self.k is None:
-            object.__setattr__(self, "k", 3.0 if self.silent_share is None else 4.0)
         if isinstance(self.mixers, str):
             if self._period() is None:
                 _mixer("mixers", self.mixers, "keep", "uniform:N")
@@ -83,7 +81,9 @@ class ConversionPlan:
         _one_of("code", self.code, CODES)
         _one_of("threshold", self.threshold, THRESHOLDS)
         _one_of("allocation", self.allocation, ALLOCATIONS)
-        if not _is_number(self.k) or self.k <= 0:
+        if self.k is None:
+            object.__setattr__(self, "k", 3.0 if self.silent_share is None else 4.0)
+        elif not _is_number(self.k) or self.k <= 0:
             raise ValueError(f"k must be a positive number of counts per mean magnitude; got {self.k!r}.")
         if not _is_number(self.dead_zone) or self.dead_zone < 0:
             raise ValueError(f"dead_zone must be a number of mean magnitudes, at least 0; got {self.dead_zone!r}.")

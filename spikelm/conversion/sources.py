@@ -5,9 +5,10 @@ read by torch's weights-only loader alone.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 from spikelm.conversion.checkpoints import read_checkpoint, read_json, reason
-from spikelm.conversion.families import family_named
+from spikelm.conversion.families import HEAD, family_named
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "*USE_POLICY*")
@@ -33,8 +34,7 @@ class Source:
     Attributes:
         name: as the user gave it. kind: `folder`, `hub`, `gguf` or `model`.
         config: the source's configuration, of a supported family.
-        tensors: name -> tensor; not shared with anything that the caller holds.
-        dtype: that of its weights.
+        read: gives name -> tensor, not shared with anything that the caller holds.
         tokenizer, generation_config: if it has them.
         licence: its licence's name where it states one. licence_files: to be copied beside the weights.
         notes: what a user should know, one line each.
@@ -43,13 +43,25 @@ class Source:
     name: str
     kind: str
     config: Any
-    tensors: dict[str, Tensor]
-    dtype: torch.dtype = torch.float32
+    read: Callable[[], dict[str, Tensor]]
     tokenizer: Any = None
     generation_config: GenerationConfig | None = None
     licence: str | None = None
     licence_files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights, read when they are first asked for. Raises ValueError for what is not plain, finite floats."""
+        tensors = self.read()
+        _check_tensors(self.name, tensors)
+        return tensors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights, as the configuration states it; without a statement, that of the first."""
+        declared = getattr(self.config, "dtype", None)
+        return declared if isinstance(declared, torch.dtype) else next(iter(self.tensors.values())).dtype
 
 
 @contextmanager
@@ -67,7 +79,7 @@ def quiet() -> Iterator[None]:
 
 
 def open_source(source: "str | Path | PreTrainedModel", *, tokenizer: Any = None, progress: bool = True) -> Source:
-    """Open a source and read its weights.
+    """Open a source: everything but its weights, which `Source.tensors` reads.
 
     Args:
         source: a folder, a hub id, a `.gguf` file, or a loaded model (whose tensors are copied).
@@ -96,28 +108,31 @@ def open_source(source: "str | Path | PreTrainedModel", *, tokenizer: Any = None
         opened.tokenizer = tokenizer
     if opened.tokenizer is None:
         opened.notes.append("The source has no tokenizer: none was written.")
-    _check_tensors(opened)
     return opened
 
 
 def _from_model(model: PreTrainedModel) -> Source:
     family_named(model.config.model_type)
-    tensors: dict[str, Tensor] = {}
-    copies: dict[int, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.is_meta:
-            raise ValueError(f"Tensor {name} of the source is on the meta device and has no values; load it first.")
-        # Copied, so that training the result leaves the source as it is; a tied tensor is copied once.
-        if tensor.data_ptr() not in copies:
-            copies[tensor.data_ptr()] = tensor.detach().clone()
-        tensors[name] = copies[tensor.data_ptr()]
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-    opened = Source(name, "model", model.config, tensors, model.dtype)
+    opened = Source(name, "model", model.config, partial(_copied, model))
     opened.generation_config = _usable(model.generation_config)
     folder = Path(name)
     if folder.is_dir():
         _read_surroundings(opened, folder)
     return opened
+
+
+def _copied(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies, so that training the result leaves the source as it is; a tied tensor is copied once."""
+    tensors: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f"Tensor {name} of the source is on the meta device and has no values; load it first.")
+        if tensor.data_ptr() not in copies:
+            copies[tensor.data_ptr()] = tensor.detach().clone()
+        tensors[name] = copies[tensor.data_ptr()]
+    return tensors
 
 
 def _from_folder(folder: Path, name: str, progress: bool, kind: str = "folder") -> Source:
@@ -133,8 +148,7 @@ def _from_folder(folder: Path, name: str, progress: bool, kind: str = "folder") 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"{name}/config.json is not a {family.name} configuration: {reason(error)}") from error
-    tensors = read_checkpoint(folder, progress)
-    opened = Source(name, kind, config, tensors, _dtype_of(config, tensors))
+    opened = Source(name, kind, config, partial(read_checkpoint, folder, progress))
     if (folder / "generation_config.json").is_file():
         try:
             opened.generation_config = _usable(GenerationConfig.from_pretrained(folder))
@@ -178,25 +192,26 @@ def _from_gguf(path: Path, name: str) -> Source:
             f"{name} cannot be read as a language model ({metadata['architecture']}): {reason(error)}"
         ) from error
     family_named(config.model_type)
+    config.dtype = torch.float32
+    opened = Source(name, "gguf", config, partial(_read_gguf, path, name, config))
+    opened.generation_config = _usable(GenerationConfig.from_model_config(config))
+    opened.licence = metadata["license"]
+    opened.licence_files = _licences(path.parent)
+    _read_tokenizer(opened, place, gguf_file=gguf)
+    return opened
+
+
+def _read_gguf(path: Path, name: str, config: Any) -> dict[str, Tensor]:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            place, config=config, gguf_file=gguf, dtype=torch.float32, output_loading_info=True
+            str(path.parent), config=config, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:
         raise ValueError(f"{name} is damaged: {reason(error)} Get the file again.") from error
-    lacking = [key for key in info["missing_keys"] if not (key == "lm_head.weight" and config.tie_word_embeddings)]
+    lacking = [key for key in info["missing_keys"] if not (key == HEAD and config.tie_word_embeddings)]
     if lacking:
         raise ValueError(f"{name} lacks tensors: {', '.join(sorted(lacking)[:6])}. Get the complete file.")
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    tensors = {key: tensor.detach() for key, tensor in model.state_dict().items()}
-    opened = Source(name, "gguf", model.config, tensors)
-    opened.generation_config = _usable(model.generation_config)
-    _read_tokenizer(opened, place, gguf_file=gguf)
-    opened.licence = metadata["license"]
-    opened.licence_files = _licences(path.parent)
-    return opened
+    return {key: tensor.detach() for key, tensor in model.state_dict().items()}
 
 
 def _gguf_metadata(path: Path, name: str) -> dict[str, Any]:
@@ -253,22 +268,17 @@ def _usable(generation: GenerationConfig | None) -> GenerationConfig | None:
     return generation
 
 
-def _dtype_of(config: Any, tensors: dict[str, Tensor]) -> torch.dtype:
-    declared = getattr(config, "dtype", None)
-    return declared if isinstance(declared, torch.dtype) else next(iter(tensors.values())).dtype
-
-
-def _check_tensors(opened: Source) -> None:
+def _check_tensors(source: str, tensors: dict[str, Tensor]) -> None:
     """Raise ValueError for weights that are not plain, finite floats."""
-    for name, tensor in _real(opened.tensors):
+    for name, tensor in _real(tensors):
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(
-                f"Tensor {name} of {opened.name} is {str(tensor.dtype).removeprefix('torch.')}; expected float16, "
+                f"Tensor {name} of {source} is {str(tensor.dtype).removeprefix('torch.')}; expected float16, "
                 "bfloat16, float32 or float64. Convert the checkpoint from before quantisation."
             )
         wide = torch.float64 if tensor.dtype is torch.float64 else torch.float32
         if not bool(tensor.sum(dtype=wide).isfinite()):  # one value that is not makes the sum so
-            raise ValueError(f"Tensor {name} of {opened.name} holds values that are not finite. Get the source again.")
+            raise ValueError(f"Tensor {name} of {source} holds values that are not finite. Get the source again.")
 
 
 def _real(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

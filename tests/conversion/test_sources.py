@@ -190,6 +190,16 @@ def test_config_with_a_wrong_type(folder):
     assert "not a Llama configuration" in refusal(folder)
 
 
+def test_config_with_an_unknown_activation(folder):
+    edit(folder / "config.json", hidden_act="mystery")
+    assert "does not make a model" in refusal(folder) and "mystery" in refusal(folder)
+
+
+def test_plan_is_checked_before_weights_are_read(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    assert "lists 1 layers" in refusal(folder, mixers=["gla"])
+
+
 def test_unsupported_architectures_are_told_what_is_supported(folder, tmp_path):
     edit(folder / "config.json", model_type="gpt2")
     message = refusal(folder)
