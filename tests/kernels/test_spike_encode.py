@@ -53,19 +53,7 @@ def definition(x, k, *, dead_zone=None, magnitude=None, max_count=None):
     return counts, threshold
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """Fresh memory holds NaN, so that an output that is not written shows."""
-    for name in ("empty", "empty_like"):
-        real = getattr(torch, name)
-
-        def poisoned(*args, real=real, **kwargs):
-            out = real(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        monkeypatch.setattr(torch, name, poisoned)
-
-
+@pytest.mark.usefixtures("poisoned")
 @tiers
 @dtypes
 @options
@@ -83,6 +71,7 @@ def test_every_path_takes_the_same_decisions(device, dtype, option, channels):
     assert torch.equal(hat.cpu(), (expected[0] * expected[1]).clamp(-limit, limit).to(dtype))
 
 
+@pytest.mark.usefixtures("poisoned")
 @tiers
 @dtypes
 @pytest.mark.parametrize("norm", ["none", "weight", "one_plus"])
@@ -178,6 +167,7 @@ def test_dead_zone_is_a_half_open_interval():
     assert counts.tolist() == [[2.0, -2.0, 0.0, 8.0]]
 
 
+@pytest.mark.usefixtures("poisoned")
 @tiers
 @dtypes
 def test_straight_through_gradient(device, dtype):
@@ -191,6 +181,7 @@ def test_straight_through_gradient(device, dtype):
     assert not kept.all() and torch.equal(torch.autograd.grad(y, x, dy)[0], torch.where(kept, dy, 0.0))
 
 
+@pytest.mark.usefixtures("poisoned")
 @tiers
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_magnitude_gradient(device, dtype):
@@ -268,29 +259,6 @@ def test_torch_compile_without_a_graph_break():
         torch.autograd.grad(got[0].sum(), (x, magnitude)), torch.autograd.grad(expected[0].sum(), (x, magnitude))
     ):
         assert torch.equal(a, b)
-
-
-@tiers
-def test_nothing_is_written_outside_the_rows(device):
-    """The kernels mask whole tiles; a neighbour in memory must not change."""
-    from spikelm.kernels.runtime import use_triton
-
-    band = torch.full((3 * 40,), 7.0, device=device)
-    x = band[40:80].view(1, 40)
-    x.copy_(torch.randn(1, 40))
-    if use_triton(x):
-        from spikelm.kernels.spike_encode_triton import encode_kernel
-
-        out = torch.full((3 * 40,), 7.0, device=device)
-        marks = torch.full((3,), 7.0, device=device)
-        k = torch.tensor([3.0], device=device)
-        constants = {"NORM": 0, "ZONE": 0, "STORED": False, "CLIP": False, "VALUES": False}
-        tile = {"R": 16, "P": 64, "LEVELS": 6}
-        encode_kernel[(1,)](x, None, k, None, None, out[40:80], marks[1:2], 1, 40, 0.0, 0.0, **constants, **tile)
-        assert (out[:40] == 7).all() and (out[80:] == 7).all() and (marks[::2] == 7).all()
-        assert torch.equal(out[40:80], spike_encode(x, 3.0)[0][0])
-    spike_encode(x, 3.0)
-    assert (band[:40] == 7).all() and (band[80:] == 7).all()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def reach(code: str, slots: int) -> tuple[int, int]:
     }[code]
 
 
+@pytest.mark.usefixtures("poisoned")
 @tiers
 @codes
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
