@@ -90,14 +90,16 @@ class SpikeLMConfig(PreTrainedConfig):
 
     model_type = "spikelm"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # Outputs are gathered after every projection: a spike site needs the mean over all channels of a token, and gated
+    # linear attention whole heads. Splitting columns and rows in pairs, as in Llama, would silently change thresholds.
     base_model_tp_plan = {
-        "layers.*.mixer.q_proj": "colwise",
-        "layers.*.mixer.k_proj": "colwise",
-        "layers.*.mixer.v_proj": "colwise",
-        "layers.*.mixer.o_proj": "rowwise",
-        "layers.*.ffn.gate_proj": "colwise",
-        "layers.*.ffn.up_proj": "colwise",
-        "layers.*.ffn.down_proj": "rowwise",
+        "layers.*.mixer.q_proj": "colwise_gather_output",
+        "layers.*.mixer.k_proj": "colwise_gather_output",
+        "layers.*.mixer.v_proj": "colwise_gather_output",
+        "layers.*.mixer.o_proj": "colwise_gather_output",
+        "layers.*.ffn.gate_proj": "colwise_gather_output",
+        "layers.*.ffn.up_proj": "colwise_gather_output",
+        "layers.*.ffn.down_proj": "colwise_gather_output",
     }
 
     vocab_size: int = 32000
