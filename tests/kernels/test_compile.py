@@ -1,0 +1,201 @@
+"""Compile tier: what the launchers would launch is compiled for GPUs that this machine need not have.
+
+The ops run on CPU tensors with every launch recorded instead of executed, so the kernels, dtypes and constants are
+those that ship. The default run compiles one recorded launch per kernel for two targets. The slow run compiles every
+configuration that autotuning may choose, for every dtype and target:
+
+    SPIKELM_COMPILE_TABLE=table.json python -m pytest tests/kernels/test_compile.py -m slow
+"""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from spikelm.kernels import runtime
+
+pytestmark = pytest.mark.compile
+
+TARGETS = {"cuda80": ("cuda", 80, 32), "cuda90": ("cuda", 90, 32), "cuda100": ("cuda", 100, 32)}
+TARGETS["gfx942"] = ("hip", "gfx942", 64)
+# Bytes of shared memory that one program can have.
+SHARED = {"cuda80": 166_912, "cuda90": 232_448, "cuda100": 232_448, "gfx942": 65_536}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with the types of its arguments, its constants and options."""
+
+    kernel: object
+    signature: tuple
+    constants: tuple
+    options: tuple
+
+    def compile(self, target):
+        """Compile for the named target; pointers are taken to be aligned, as those of tensors are."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        names = self.kernel.arg_names
+        signature = dict(self.signature)
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+        source = ASTSource(self.kernel, signature=signature, constexprs=dict(self.constants), attrs=aligned)
+        return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(self.options))
+
+
+def describe(kernel, args, kwargs, options):
+    """The launch of a jitted function as what is compiled."""
+    values = {**dict(zip(kernel.arg_names, args)), **{n: v for n, v in kwargs.items() if n in kernel.arg_names}}
+    known = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
+    options = {**{n: v for n, v in kwargs.items() if n in known}, **options}
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        value = values.get(parameter.name, parameter.default)
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i1" if isinstance(value, bool) else "i32"
+    return Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(options.items()))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The launches made while a test runs ops on CPU tensors; none of them is executed."""
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    from spikelm.kernels import gla_triton, lif_triton, scan_triton, spike_encode_triton, spike_train_triton
+
+    assert all((gla_triton, lif_triton, scan_triton, spike_encode_triton, spike_train_triton))
+    recorded = {}
+
+    def launch(kernel, *args, grid=None, warmup=False, **kwargs):
+        recorded.setdefault(describe(kernel, args, kwargs, {}))
+
+    def tune(tuner, *args, **kwargs):
+        for config in tuner.configs:
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            recorded.setdefault(describe(tuner.fn, args, {**kwargs, **config.kwargs}, options))
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    monkeypatch.setattr(Autotuner, "run", tune)
+    # The modules above are imported and compile for a GPU; from here on the CPU takes the Triton path.
+    monkeypatch.setattr(runtime, "INTERPRETED", True)
+    return recorded
+
+
+def run_everything(dtype, width):
+    """Every op of the package once, forward and backward, with heads or rows of `width` channels."""
+    from spikelm.kernels.gla import gla
+    from spikelm.kernels.lif import Astrocyte, lif
+    from spikelm.kernels.scan import scan
+    from spikelm.kernels.simple_gla import simple_gla
+    from spikelm.kernels.spike_encode import rms_norm_spike_encode, spike_encode, spike_quantize
+    from spikelm.kernels.spike_train import bit_spikes, collapse, expand, pack, unpack
+
+    def leaf(*shape):
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+    q, k, v, g = (leaf(1, 4, 2, width) for _ in range(4))
+    gla(q, k, v, g)[0].sum().backward()
+    simple_gla(q, k, v, leaf(1, 4, 2))[0].sum().backward()
+    scan(leaf(1, 4, width), leaf(1, 4, width))[0].sum().backward()
+    for unit in (None, Astrocyte(0.9, 0.8, 4.0, 0.5, 0.2)):
+        lif(leaf(1, 4, width), 0.5, 1.0, astrocyte=unit)[0].sum().backward()
+    x = leaf(4, width)
+    spike_encode(x, 3.0)
+    spike_quantize(x, 3.0, dead_zone=0.5, magnitude=leaf(1) + 1, max_count=4).sum().backward()
+    rms_norm_spike_encode(x, leaf(width), 3.0, eps=1e-6)
+    counts, trains = torch.zeros(4, width), torch.zeros(4, 4, width, dtype=torch.int8)
+    for code in ("binary", "ternary", "bitwise", "twos_complement"):
+        expand(counts, code, 4)
+        collapse(trains, code)
+        bit_spikes(counts, code, 4)
+    for planes in (1, 2):
+        unpack(pack(trains, signed=planes == 2), width)
+
+
+def test_every_kernel_is_launched(launches):
+    """A kernel that no op reaches here would go uncompiled."""
+    from spikelm.kernels import (
+        gla_triton_backward,
+        gla_triton_forward,
+        lif_triton,
+        scan_triton,
+        spike_encode_triton,
+        spike_train_triton,
+    )
+
+    run_everything(torch.bfloat16, 64)
+    modules = (
+        gla_triton_forward,
+        gla_triton_backward,
+        scan_triton,
+        lif_triton,
+        spike_encode_triton,
+        spike_train_triton,
+    )
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert kernels == {launch.kernel.__name__ for launch in launches}
+
+
+@pytest.mark.parametrize("target", ["cuda90", "gfx942"])
+def test_one_launch_per_kernel(launches, target):
+    run_everything(torch.bfloat16, 64)
+    first = {}
+    for launch in launches:
+        first.setdefault(launch.kernel.__name__, launch)
+    for name, launch in first.items():
+        shared = launch.compile(target).metadata.shared
+        assert shared <= SHARED[target], f"{name} wants {shared} bytes of shared memory on {target}"
+
+
+def resources(compiled, target):
+    """Registers per thread and bytes (CUDA) or registers (HIP) spilled, as the assembler tells."""
+    if target == "gfx942":
+        find = {
+            key: re.search(rf"\.{key}:\s+(\d+)", compiled.asm["amdgcn"]) for key in ("vgpr_count", "vgpr_spill_count")
+        }
+        return tuple(int(match.group(1)) for match in find.values())
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK"))
+
+
+@pytest.mark.slow
+def test_every_configuration(launches):
+    """All dtypes, configurations and targets; a table of them is written to SPIKELM_COMPILE_TABLE if that is set."""
+    rows, failures = [], []
+    for dtype_name, dtype in DTYPES.items():
+        launches.clear()
+        run_everything(dtype, 128)
+        for launch in list(launches):
+            row = {"kernel": launch.kernel.__name__, "dtype": dtype_name, "warps": dict(launch.options)["num_warps"]}
+            row["gate"] = {1: "head", 128: "channel"}.get(dict(launch.constants).get("W"), "")
+            for target in TARGETS:
+                compiled = launch.compile(target)
+                row[target] = (compiled.metadata.shared, *resources(compiled, target))
+                if compiled.metadata.shared > SHARED[target]:
+                    failures.append(row)
+            rows.append(row)
+    if path := os.environ.get("SPIKELM_COMPILE_TABLE"):
+        Path(path).write_text(json.dumps(rows, indent=1) + "\n")
+    assert not failures
