@@ -238,8 +238,9 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, do: Tensor | None, dfinal: Tensor | None):
     if do is None and dfinal is None:
         return (None,) * 7
-    initial_state = ctx.saved_tensors[4]
-    *grads, dstate = gated_linear_backward(do, dfinal, *ctx.saved_tensors, ctx.scale)
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+    initial_state = saved[4]
+    *grads, dstate = gated_linear_backward(do, dfinal, *saved, ctx.scale)
     return *grads, None if initial_state is None else dstate.to(initial_state.dtype), None, None
 
 

@@ -17,6 +17,7 @@ or 1 where all channels of a head share a gate.
 """
 
 from itertools import pairwise, product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def forward(
     finals = _copy_states(q, k, v, g, state, cu_seqlens)
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
     grouped = _group(k.shape[2], q, k, v, g, out)
-    for part, tiles in _tiles(*grouped[:3], cu_seqlens):
+    for part, tiles in _tiles(grouped[0], grouped[1], grouped[2], cu_seqlens):
         for tile in tiles:
             q_, k_, v_, g_ = (_cut(x[tile], finals.dtype) for x in grouped[:4])
             piece, finals[part] = _forward(q_, k_, v_, _decay(g_, floor), finals[part], scale)
@@ -69,7 +70,7 @@ def backward(
     do = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device) if do is None else do
     grads = tuple(torch.empty_like(t) for t in (q, k, v, g))
     grouped = _group(k.shape[2], q, k, v, g, do, *grads)
-    for part, tiles in _tiles(*grouped[:3], cu_seqlens):
+    for part, tiles in _tiles(grouped[0], grouped[1], grouped[2], cu_seqlens):
         entries = [starts[part]]
         for tile in tiles[:-1]:
             k_, v_, g_ = (_cut(x[tile], starts.dtype) for x in grouped[1:4])
@@ -258,7 +259,9 @@ def _channel_scores(q: Tensor, k: Tensor, past: Tensor, future: Tensor, dscores:
     scores = q.new_zeros(*q.shape[:-1], q.shape[3])
     _self(scores).copy_((q * k.unsqueeze(4)).sum(-1))
     sizes = _sizes(q.shape[3])
-    dq = dk = terms = None
+    dq: Any = None
+    dk: Any = None
+    terms: Any = None
     if dscores is not None:
         direct = _self(dscores).unsqueeze(-1)
         dq, dk = direct * k.unsqueeze(4), (direct * q).sum(4)

@@ -26,6 +26,7 @@ The modulated unit is this project's formulation in the manner of AstroSNN (arXi
 not public); when both gains are zero it equals LIF, spike for spike.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -265,9 +266,11 @@ def _lif(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Spikes, final state and, with `save`, the history [S, B * T, D] that the backward pass reads."""
-    run = lif_cpu_forward
+    run: Callable = lif_cpu_forward
     if use_triton(x, params, state):
-        from spikelm.kernels.lif_triton import lif_triton_forward as run
+        from spikelm.kernels.lif_triton import lif_triton_forward
+
+        run = lif_triton_forward
     return run(x, params, state, cu_seqlens, reset_mask, reset, unit_gain, save)
 
 
@@ -310,9 +313,11 @@ def _lif_backward(
     dspikes = torch.zeros_like(x) if dspikes is None else dspikes
     dstate = torch.zeros_like(state) if dstate is None else dstate
     cut = gradient_cuts(x, cu_seqlens, reset_mask, window)
-    run = lif_cpu_backward
+    run: Callable = lif_cpu_backward
     if use_triton(x, params, state):
-        from spikelm.kernels.lif_triton import lif_triton_backward as run
+        from spikelm.kernels.lif_triton import lif_triton_backward
+
+        run = lif_triton_backward
     return run(
         dspikes,
         dstate,

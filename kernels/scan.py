@@ -143,8 +143,9 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, dh: Tensor | None, dfinal: Tensor | None):
     if dh is None and dfinal is None:
         return (None,) * 4
-    initial_state = ctx.saved_tensors[2]
-    dx, da, dstate = gated_scan_backward(dh, dfinal, *ctx.saved_tensors)
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
+    initial_state = saved[2]
+    dx, da, dstate = gated_scan_backward(dh, dfinal, *saved)
     return dx, da, None if initial_state is None else dstate.to(initial_state.dtype), None
 
 

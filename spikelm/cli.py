@@ -96,7 +96,7 @@ def quickstart(model: str | None, out: Path, silent_share: float, k: float, toke
 @click.option("--window", type=int, help="Width of new sliding windows, in tokens.")
 @click.option("--spikes", default="all", show_default=True, help="`all`, `none`, or some of qkv,o,gate_up,down.")
 @click.option("--code", default="bitwise", show_default=True, help="bitwise, ternary or twos_complement.")
-@click.option("--k", default=3.0, show_default=True, help="Spike counts per mean magnitude.")
+@click.option("--k", type=float, help="Spike counts per mean magnitude.  [default: 3, or 4 with a silent share]")
 @click.option("--dead-zone", default=0.0, show_default=True, help="Silent below this share of the mean magnitude.")
 @click.option("--threshold", default="token", show_default=True, help="token, calibrated or learned.")
 @click.option("--silent-share", type=float, help="Calibrate dead zones: share of weight reads to make unnecessary.")
