@@ -237,7 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error.format_message())
         return 2
     except click.ClickException as error:
-        return _fail(f"{error.format_message()} See spikelm --help.")
+        context = getattr(error, "ctx", None)
+        return _fail(f"{error.format_message()} See {context.command_path if context else 'spikelm'} --help.")
     except (click.Abort, KeyboardInterrupt):
         _say("spikelm: interrupted")
         return 130
