@@ -1,0 +1,405 @@
+"""Kernel benchmark: every op beside its definition and, where installed, beside the kernels that people use today.
+
+    python -m spikelm.eval.bench_kernels --lengths 512 2048 --ops gla scan --output kernels.json
+
+What is compared runs interleaved in one process, on inputs that rotate, after a warm-up; a time is the median of the
+repeats, its spread the distance of the quartiles. Bytes and operations are those that the formula needs at least
+(every input read once, every output written once, a multiply-add counted as two), as a share of the copy bandwidth and
+matrix product rate that the same machine reaches in the same run. What cannot run here stays empty.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikelm.kernels.gla import gla, gla_reference, gla_step
+from spikelm.kernels.lif import lif, lif_step
+from spikelm.kernels.lif_reference import lif_reference
+from spikelm.kernels.scan import scan, scan_reference, scan_step
+from spikelm.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
+from spikelm.kernels.spike_encode import spike_encode, spike_encode_reference
+from spikelm.kernels.spike_train import expand, expand_reference
+
+SCHEMA = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PASSES = ("forward", "forward_backward", "step")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Batch, tokens, heads and channels per head; ops without heads have heads * width channels."""
+
+    batch: int
+    length: int
+    heads: int
+    width: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of a token over all heads."""
+        return self.heads * self.width
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row of the benchmark.
+
+    `make` draws inputs `[B, T, ...]`; functions take them and return a tensor or a tuple with the output first.
+    `step` takes them without their time axis, and the last result's state. `flops` counts operations of a forward
+    pass. `peers` map a name to (module, function of that module -> function of the inputs).
+    """
+
+    make: Callable[[Sizes, Callable[..., Tensor]], list[Tensor]]
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    flops: Callable[[Sizes], float]
+    step: Callable[..., Any] | None = None
+    state: Callable[[Sizes], tuple[int, ...]] | None = None
+    differentiable: bool = True
+    peers: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = field(default_factory=dict)
+
+
+def _attention_inputs(gate_per_channel: bool) -> Callable[[Sizes, Callable[..., Tensor]], list[Tensor]]:
+    def make(s: Sizes, draw: Callable[..., Tensor]) -> list[Tensor]:
+        q, k, v = (draw(s.batch, s.length, s.heads, s.width) for _ in range(3))
+        g = draw(*k.shape) if gate_per_channel else draw(*k.shape[:3])
+        return [q, k, v, -0.1 * g.abs()]
+
+    return make
+
+
+def _attention_flops(s: Sizes) -> float:
+    return 4.0 * s.batch * s.length * s.heads * s.width**2
+
+
+def _lif_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    params = torch.tensor([[0.5], [1.0]], device=x.device).expand(2, x.shape[-1])
+    state = torch.zeros(x.shape[0], 1, x.shape[-1], device=x.device)
+    return lif_reference(x, params, state, None, None, "hard", False, "atan", 1.0, True, 0)
+
+
+def _spikingjelly(module: Any) -> Callable[[Tensor], Tensor]:
+    """Its multi-step LIF with the same decay, reset and surrogate; time comes first there."""
+    surrogate = importlib.import_module("spikingjelly.activation_based.surrogate")
+
+    def run(x: Tensor) -> Tensor:
+        backend = "cupy" if x.is_cuda else "torch"
+        node = module.LIFNode(tau=2.0, surrogate_function=surrogate.ATan(), v_reset=0.0, step_mode="m", backend=backend)
+        return node(x.transpose(0, 1)).transpose(0, 1)
+
+    return run
+
+
+OPS: dict[str, Op] = {
+    "gla": Op(
+        _attention_inputs(True),
+        gla,
+        gla_reference,
+        _attention_flops,
+        gla_step,
+        lambda s: (s.batch, s.heads, s.width, s.width),
+        peers={"fla": ("fla.ops.gla", lambda m: m.chunk_gla)},
+    ),
+    "simple_gla": Op(
+        _attention_inputs(False),
+        simple_gla,
+        simple_gla_reference,
+        _attention_flops,
+        simple_gla_step,
+        lambda s: (s.batch, s.heads, s.width, s.width),
+        peers={"fla": ("fla.ops.simple_gla", lambda m: m.chunk_simple_gla)},
+    ),
+    "scan": Op(
+        lambda s, draw: [draw(s.batch, s.length, s.channels), draw(s.batch, s.length, s.channels).sigmoid()],
+        scan,
+        scan_reference,
+        lambda s: 2.0 * s.batch * s.length * s.channels,
+        scan_step,
+        lambda s: (s.batch, s.channels),
+        peers={"fla": ("fla.ops.hgrn", lambda m: lambda x, a: m.chunk_hgrn(x, a.log()))},
+    ),
+    "lif": Op(
+        lambda s, draw: [2.0 * draw(s.batch, s.length, s.channels)],
+        lambda x: lif(x, 0.5, 1.0),
+        _lif_reference,
+        lambda s: 4.0 * s.batch * s.length * s.channels,
+        lambda x, state: lif_step(x, 0.5, 1.0, state),
+        lambda s: (s.batch, s.channels),
+        peers={"spikingjelly": ("spikingjelly.activation_based.neuron", _spikingjelly)},
+    ),
+    "spike_encode": Op(
+        lambda s, draw: [draw(s.batch, s.length, s.channels)],
+        lambda x: spike_encode(x, 3.0),
+        lambda x: spike_encode_reference(x, torch.tensor([3.0], device=x.device), None, None, None),
+        lambda s: 4.0 * s.batch * s.length * s.channels,
+        differentiable=False,
+    ),
+    "spike_train": Op(
+        lambda s, draw: [(3.0 * draw(s.batch, s.length, s.channels)).round().clamp(-7, 7)],
+        lambda x: expand(x, "bitwise", 3),
+        lambda x: expand_reference(x, "bitwise", 3),
+        lambda s: 9.0 * s.batch * s.length * s.channels,
+        differentiable=False,
+    ),
+}
+
+
+def run(
+    *,
+    ops: Sequence[str] | None = None,
+    lengths: Sequence[int] = (512, 2048),
+    batch: int = 4,
+    heads: int = 9,
+    width: int = 64,
+    dtype: str = "float32",
+    device: str | None = None,
+    repeats: int = 7,
+    rotate: int = 3,
+    reference_limit: int = 2048,
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measure, print a table, and return what was measured (written as JSON to `output` if that is given).
+
+    Args:
+        ops: names of `OPS`; all by default.
+        lengths: numbers of tokens T.
+        batch: sequences; heads: heads; width: channels per head. Ops without heads get heads * width channels.
+        heads: see batch.
+        width: see batch.
+        dtype: a name of `DTYPES`; gates and states stay float32.
+        device: "cuda" or "cpu"; by default a GPU if there is one.
+        repeats: timed rounds; in each, every candidate runs once.
+        rotate: sets of inputs taken in turn.
+        reference_limit: definitions are loops over time, so they only run up to this T.
+        output: path of the JSON file.
+
+    Raises:
+        ValueError: an unknown op or dtype.
+    """
+    ops = list(OPS) if ops is None else list(ops)
+    if unknown := [name for name in ops if name not in OPS]:
+        raise ValueError(f"ops: expected names of {list(OPS)}, got {unknown}; leave them out")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {list(DTYPES)}, got {dtype!r}; pass one of these names")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rates = _machine_rates(where, DTYPES[dtype])
+    rows = []
+    for name in ops:
+        for length in lengths:
+            sizes = Sizes(batch, length, heads, width)
+            for kind in PASSES:
+                row = _measure(OPS[name], kind, sizes, DTYPES[dtype], where, repeats, rotate, length <= reference_limit)
+                if row is not None:
+                    _add_shares(row, OPS[name], kind, sizes, rates)
+                    rows.append({"op": name, "pass": kind, "length": length, **row})
+                    print(_line(rows[-1]) if len(rows) > 1 else f"{_HEADER}\n{_line(rows[-1])}", flush=True)
+    report = {
+        "schema": SCHEMA,
+        "machine": {**_describe(where), **rates},
+        "settings": {"batch": batch, "heads": heads, "width": width, "dtype": dtype, "repeats": repeats},
+        "rows": rows,
+    }
+    if output is not None:
+        Path(output).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def exponent(rows: list[dict[str, Any]], op: str, kind: str = "forward_backward") -> float | None:
+    """Slope of log time over log T for an op, by least squares; None with fewer than two lengths."""
+    points = [(math.log(r["length"]), math.log(r["ms"])) for r in rows if r["op"] == op and r["pass"] == kind]
+    if len({x for x, _ in points}) < 2:
+        return None
+    return statistics.linear_regression(*zip(*points)).slope
+
+
+def _measure(
+    op: Op, kind: str, sizes: Sizes, dtype: torch.dtype, device: torch.device, repeats: int, rotate: int, loops: bool
+) -> dict[str, Any] | None:
+    """One row: times of the op, its definition and its peers, and the op's peak memory and bytes."""
+    if (kind == "forward_backward" and not op.differentiable) or (kind == "step" and op.step is None):
+        return None
+    candidates: dict[str, Callable[..., Any]] = {"op": op.op}
+    if kind == "step":
+        candidates = {"op": op.step}
+    else:
+        if loops:
+            candidates["reference"] = op.reference
+        for name, (module, build) in op.peers.items():
+            try:
+                candidates[name] = build(importlib.import_module(module))
+            except ImportError:
+                continue
+    sets = [_inputs(op, sizes, dtype, device, seed, kind) for seed in range(rotate)]
+    calls = {name: _call(function, kind) for name, function in candidates.items()}
+    moved = _bytes(sets[0], calls["op"](sets[0]), kind)
+    for name in list(calls):
+        try:
+            calls[name](sets[0])
+            calls[name](sets[-1])
+        except Exception:
+            if name in ("op", "reference"):
+                raise
+            del calls[name]  # a peer that does not run on this device
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(repeats):
+        for name, call in calls.items():
+            times[name].append(_seconds(lambda call=call, i=i: call(sets[i % rotate]), device))
+    row: dict[str, Any] = {**_summary(times.pop("op")), "peak_mib": _peak(lambda: calls["op"](sets[0]), device)}
+    row["bytes"] = moved
+    for name in ("reference", *op.peers):
+        other = _summary(times[name]) if name in times else {"ms": None, "spread_ms": None}
+        row[name] = {**other, "ratio": other["ms"] / row["ms"] if other["ms"] else None}
+    return row
+
+
+def _inputs(op: Op, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int, kind: str) -> list[Tensor]:
+    random = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device)
+
+    one = Sizes(sizes.batch, 1, sizes.heads, sizes.width) if kind == "step" else sizes
+    made = op.make(one, draw)
+    # Gates of attention, last of four, stay float32 as models keep them.
+    tensors = [x.to(dtype) if i < 3 else x for i, x in enumerate(made)]
+    if kind == "step":
+        return [x[:, 0].contiguous() for x in tensors] + [draw(*op.state(sizes))] if op.state else tensors
+    return [x.requires_grad_(kind == "forward_backward") for x in tensors]
+
+
+def _call(function: Callable[..., Any], kind: str) -> Callable[[list[Tensor]], Any]:
+    def forward(inputs: list[Tensor]) -> Any:
+        with torch.no_grad():
+            return function(*inputs)
+
+    def forward_backward(inputs: list[Tensor]) -> Any:
+        out = _first(function(*inputs))
+        return out, torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
+
+    return forward_backward if kind == "forward_backward" else forward
+
+
+def _first(result: Any) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def _bytes(inputs: list[Tensor], result: Any, kind: str) -> int:
+    """What must at least be moved: inputs and outputs; backward reads all of it again and writes the gradients."""
+    inside = sum(x.numel() * x.element_size() for x in inputs)
+    outputs = (result[0],) if kind == "forward_backward" else result if isinstance(result, tuple) else (result,)
+    outside = sum(x.numel() * x.element_size() for x in outputs)
+    return 3 * inside + 2 * outside if kind == "forward_backward" else inside + outside
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _summary(seconds: list[float]) -> dict[str, float]:
+    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    return {"ms": 1e3 * statistics.median(seconds), "spread_ms": 1e3 * (quartiles[2] - quartiles[0])}
+
+
+def _peak(call: Callable[[], Any], device: torch.device) -> float | None:
+    """MiB in use at most during a call, beyond those in use before; on the CPU only where Linux tells."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        call()
+        return max(0, _resident("VmHWM") - before) / 1024
+    except OSError:
+        return None
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def _machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Copy bandwidth (bytes read and written per second) and matrix product rate, each the best of five."""
+    big = torch.empty((256 if device.type == "cuda" else 32) << 20, dtype=torch.float32, device=device).fill_(1.0)
+    to = torch.empty_like(big)
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    copy, product = (min(_seconds(call, device) for _ in range(6)) for call in (lambda: to.copy_(big), lambda: a @ b))
+    return {"copy_bytes_per_s": 2 * big.numel() * 4 / copy, "matmul_flops_per_s": 2 * side**3 / product}
+
+
+def _add_shares(row: dict[str, Any], op: Op, kind: str, sizes: Sizes, rates: dict[str, float]) -> None:
+    one = Sizes(sizes.batch, 1, sizes.heads, sizes.width) if kind == "step" else sizes
+    flops = op.flops(one) * (3 if kind == "forward_backward" else 1)
+    row["share_of_copy"] = row["bytes"] / (row["ms"] / 1e3) / rates["copy_bytes_per_s"]
+    row["share_of_matmul"] = flops / (row["ms"] / 1e3) / rates["matmul_flops_per_s"]
+
+
+def _describe(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    load = [round(x, 2) for x in os.getloadavg()]
+    return {
+        "device": device.type,
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": load,
+    }
+
+
+_HEADER = (
+    f"{'op':<13}{'pass':<18}{'T':>7}{'ms':>10}{'spread':>9}{'reference':>11}{'ratio':>7}"
+    f"{'peer':>10}{'ratio':>7}{'copy':>7}{'matmul':>8}{'MiB':>8}"
+)
+
+
+def _line(row: dict[str, Any]) -> str:
+    def cell(value: float | None, width: int, form: str = ".2f") -> str:
+        return " " * width if value is None else f"{value:>{width}{form}}"
+
+    empty = {"ms": None, "ratio": None}
+    peer = next((row[name] for name in ("fla", "spikingjelly") if name in row), empty)
+    return (
+        f"{row['op']:<13}{row['pass']:<18}{row['length']:>7}{cell(row['ms'], 10)}{cell(row['spread_ms'], 9)}"
+        f"{cell(row['reference']['ms'], 11)}{cell(row['reference']['ratio'], 7, '.1f')}{cell(peer['ms'], 10)}"
+        f"{cell(peer['ratio'], 7, '.1f')}{cell(row['share_of_copy'], 7, '.0%')}{cell(row['share_of_matmul'], 8, '.0%')}"
+        f"{cell(row['peak_mib'], 8, '.0f')}"
+    )
+
+
+def main() -> None:
+    """Command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split(".")[0])
+    parser.add_argument("--ops", nargs="+", choices=list(OPS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048])
+    for name, default in (("batch", 4), ("heads", 9), ("width", 64), ("repeats", 7), ("reference-limit", 2048)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--device")
+    parser.add_argument("--output")
+    run(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
