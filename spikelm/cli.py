@@ -176,6 +176,29 @@ def eval_command(
     _say_report(report, out)
 
 
+@app.group()
+def bench() -> None:
+    """Measure speed, side by side in one run."""
+
+
+@bench.command("kernels")
+@click.option("--op", "ops", multiple=True, help="An operator; may be repeated.  [default: all]")
+@click.option("--length", "lengths", type=click.IntRange(min=1), multiple=True, default=(512, 2048), show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--heads", type=click.IntRange(min=1), default=9, show_default=True)
+@click.option("--width", type=click.IntRange(min=1), default=64, show_default=True, help="Channels of a head.")
+@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--reference-limit", default=2048, show_default=True, help="Longest text that the definitions run on.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--device", help="cpu or cuda.  [default: cuda if there is one]")
+@click.option("--out", "output", type=click.Path(path_type=Path), help="JSON file.")
+def bench_kernels(ops: tuple[str, ...], **choices: Any) -> None:
+    """Every operator beside its definition and, where installed, beside the kernels that people use today."""
+    from spikelm.eval.bench_kernels import run  # draws in every kernel: not for the other commands
+
+    run(ops=list(ops) or None, **choices)
+
+
 def _generate(
     model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, sample: bool, execute: str, chat: bool
 ) -> None:

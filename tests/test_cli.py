@@ -106,6 +106,14 @@ def test_quickstart_does_the_whole_job_twice(source, tmp_path, capsys):
     assert "perplexity ratio" in capsys.readouterr().err
 
 
+def test_bench_kernels_prints_a_table_and_writes_json(tmp_path, capsys):
+    sizes = ["--length", 32, "--batch", 1, "--heads", 1, "--width", 8, "--repeats", 2]
+    assert call("bench", "kernels", "--op", "scan", *sizes, "--out", tmp_path / "kernels.json") == 0
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {row["pass"] for row in rows} == {"forward", "forward_backward", "step"}
+    assert "scan" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -126,6 +134,7 @@ def test_quickstart_does_the_whole_job_twice(source, tmp_path, capsys):
         (["quickstart", "--model", "nowhere", "--out", "OUT"], "does not exist"),
         (["quickstart", "--out", "SOURCE"], "never overwritten"),
         (["frobnicate"], "No such command"),
+        (["bench", "kernels", "--op", "softmax"], "softmax"),
         (["convert", "SOURCE"], "OUT"),
     ],
 )
