@@ -5,6 +5,7 @@
 All rows are measured in one pass over the texts; `docs/report.md` says what every key of the report means.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -97,7 +98,7 @@ def evaluate(
         total = _forward_tokens(cut, rows)
         with tqdm(total=total, desc="Evaluating", unit="tok", unit_scale=True, disable=not progress) as bar:
             if progress:
-                bar.write(_estimate(total, cut, speed))
+                bar.write(_estimate(total, cut, speed), file=sys.stderr)
             compare(model, baseline, cut, rows, bar)
     report = build(
         cut,
