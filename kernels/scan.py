@@ -109,18 +109,20 @@ def _(x, a, initial_state, cu_seqlens):
 def gated_scan_backward(
     dh: Tensor | None,
     dfinal: Tensor | None,
-    x: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
     a: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, a and the initial states."""
-    dh, dfinal, x, a, initial_state = contiguous(dh, dfinal, x, a, initial_state)
-    return _path(x, a, initial_state).backward(dh, dfinal, x, a, initial_state, cu_seqlens)
+    """Gradients of x, a and the initial states; needs x or, if it has the dtype of the states, h."""
+    dh, dfinal, x, h, a, initial_state = contiguous(dh, dfinal, x, h, a, initial_state)
+    return _path(x, h, a, initial_state).backward(dh, dfinal, x, h, a, initial_state, cu_seqlens)
 
 
 @gated_scan_backward.register_fake
-def _(dh, dfinal, x, a, initial_state, cu_seqlens):
+def _(dh, dfinal, x, h, a, initial_state, cu_seqlens):
+    x = h if x is None else x
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = x.new_empty(sequences, x.shape[-1], dtype=wide_dtype(x, a, initial_state))
     return x.new_empty(x.shape), a.new_empty(a.shape), state
@@ -136,7 +138,10 @@ def _path(*tensors: Tensor | None):
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    x, a, initial_state, cu_seqlens = inputs
+    h, final = output
+    exact = h.dtype == final.dtype
+    ctx.save_for_backward(None if exact else x, h if exact else None, a, initial_state, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
@@ -144,7 +149,7 @@ def _differentiate(ctx, dh: Tensor | None, dfinal: Tensor | None):
     if dh is None and dfinal is None:
         return (None,) * 4
     saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
-    initial_state = saved[2]
+    initial_state = saved[3]
     dx, da, dstate = gated_scan_backward(dh, dfinal, *saved)
     return dx, da, None if initial_state is None else dstate.to(initial_state.dtype), None
 

@@ -85,26 +85,42 @@ def forward(x: Tensor, a: Tensor, state: Tensor | None, cu_seqlens: Tensor | Non
 
 
 def backward(
-    dh: Tensor | None, dfinal: Tensor | None, x: Tensor, a: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    dh: Tensor | None,
+    dfinal: Tensor | None,
+    x: Tensor | None,
+    h: Tensor | None,
+    a: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, a and the initial states; the states are computed anew, in float32."""
-    h = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    first, _, bounds = _launch(x, a, state, cu_seqlens, h)
-    dx, da, dfirst = torch.empty_like(x), torch.empty_like(a), torch.empty_like(first)
+    """Gradients of x, a and the initial states, from the states h, or from x where h was rounded."""
+    like = x if h is None else h
+    if h is None:
+        h = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        first, _, bounds = _launch(x, a, state, cu_seqlens, h)
+    else:
+        first, bounds = _ends(h, state, cu_seqlens)
+    dx, da, dfirst = torch.empty_like(like), torch.empty_like(a), torch.empty_like(first)
     dlast = torch.zeros_like(first) if dfinal is None else dfinal
-    dh = torch.zeros_like(x) if dh is None else dh
+    dh = torch.zeros_like(like) if dh is None else dh
     tensors = (dh, a, h, first, dx, da, dlast, dfirst, bounds)
     scan_backward_kernel[_grid(first)](*tensors, **_constants(first))
     return dx, da, dfirst
+
+
+def _ends(x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """First states [N, D] and bounds of the sequences."""
+    _, bounds, _ = chunk_table(cu_seqlens, x.shape[0], x.shape[1], max(1, x.shape[1]), x.device, "scan")
+    shape = (len(bounds) - 1, x.shape[-1])
+    first = torch.zeros(shape, dtype=torch.float32, device=x.device) if state is None else state.float()
+    return first, bounds
 
 
 def _launch(
     x: Tensor, a: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, h: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fill h; return the first and last states and the bounds of the sequences."""
-    _, bounds, _ = chunk_table(cu_seqlens, x.shape[0], x.shape[1], max(1, x.shape[1]), x.device, "scan")
-    shape = (len(bounds) - 1, x.shape[-1])
-    first = torch.zeros(shape, dtype=torch.float32, device=x.device) if state is None else state.float()
+    first, bounds = _ends(x, state, cu_seqlens)
     last = torch.empty_like(first)
     scan_kernel[_grid(first)](x, a, h, first, last, bounds, **_constants(first))
     return first, last, bounds
