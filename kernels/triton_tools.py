@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import triton
 import triton.language as tl
+
 from spikelm.kernels.runtime import INTERPRETED
 
 IS_INTERPRETED = tl.constexpr(INTERPRETED)
