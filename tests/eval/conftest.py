@@ -11,15 +11,6 @@ from spikelm.eval.data import Text
 CHARACTERS = "\n '\"(),-.:;?_=*`<>[]{}" + "".join(map(chr, [*range(48, 58), *range(65, 91), *range(97, 123)]))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Small models gain nothing from threads and lose much where other work shares the cores.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def character_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     vocabulary = {c: i for i, c in enumerate([*CHARACTERS, "<unk>", "<s>"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
