@@ -232,6 +232,7 @@ def _measure(
         return None
     candidates: dict[str, Callable[..., Any]] = {"op": op.op}
     if kind == "step":
+        assert op.step is not None  # as checked above
         candidates = {"op": op.step}
     else:
         if loops:

@@ -41,6 +41,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, a and the initial states, from the states h, or from x where h was rounded."""
     like = x if h is None else h
+    assert like is not None  # one of the two is given
     starts = _copy_states(like, a, state, cu_seqlens)
     wide = starts.dtype
     dstates = torch.zeros_like(starts) if dfinal is None else dfinal.to(wide, copy=True)
@@ -49,6 +50,7 @@ def backward(
     for rows, times in _sequences(like, cu_seqlens):
         gates, grads, start = a[:, times].to(wide), dh[:, times].to(wide), starts[rows]
         if h is None:
+            assert x is not None
             states = torch.empty_like(gates)
             _forward(x[:, times].to(wide), gates, start, states)
         else:

@@ -96,6 +96,7 @@ def backward(
     """Gradients of x, a and the initial states, from the states h, or from x where h was rounded."""
     like = x if h is None else h
     if h is None:
+        assert x is not None  # one of the two is given
         h = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         first, _, bounds = _launch(x, a, state, cu_seqlens, h)
     else:
