@@ -1,6 +1,6 @@
 """Kernel benchmark: every op beside its definition and, where installed, beside the kernels that people use today.
 
-    python -m spikelm.eval.bench_kernels --lengths 512 2048 --ops gla scan --output kernels.json
+    spikelm bench kernels --length 512 --length 2048 --op gla --op scan --out kernels.json
 
 What is compared runs interleaved in one process, on inputs that rotate, after a warm-up; a time is the median of the
 repeats, its spread the distance of the quartiles. Bytes and operations are those that the formula needs at least
@@ -8,7 +8,6 @@ repeats, its spread the distance of the quartiles. Bytes and operations are thos
 matrix product rate that the same machine reaches in the same run. What cannot run here stays empty.
 """
 
-import argparse
 import importlib
 import json
 import math
@@ -387,20 +386,3 @@ def _line(row: dict[str, Any]) -> str:
         f"{cell(peer['ratio'], 7, '.1f')}{cell(row['share_of_copy'], 7, '.0%')}{cell(row['share_of_matmul'], 8, '.0%')}"
         f"{cell(row['peak_mib'], 8, '.0f')}"
     )
-
-
-def main() -> None:
-    """Command line of the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split(".")[0])
-    parser.add_argument("--ops", nargs="+", choices=list(OPS))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048])
-    for name, default in (("batch", 4), ("heads", 9), ("width", 64), ("repeats", 7), ("reference-limit", 2048)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    parser.add_argument("--device")
-    parser.add_argument("--output")
-    run(**vars(parser.parse_args()))
-
-
-if __name__ == "__main__":
-    main()
