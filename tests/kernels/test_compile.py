@@ -188,7 +188,11 @@ def test_every_configuration(launches):
         launches.clear()
         run_everything(dtype, 128)
         for launch in list(launches):
-            row = {"kernel": launch.kernel.__name__, "dtype": dtype_name, "warps": dict(launch.options)["num_warps"]}
+            row = {
+                "kernel": launch.kernel.__name__,
+                "dtype": dtype_name,
+                "warps": dict(launch.options).get("num_warps", 4),
+            }
             row["gate"] = {1: "head", 128: "channel"}.get(dict(launch.constants).get("W"), "")
             for target in TARGETS:
                 compiled = launch.compile(target)
