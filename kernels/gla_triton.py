@@ -1,6 +1,7 @@
 """Launchers of the Triton kernels of gated linear attention; the twins of those in `gla_torch.py`."""
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -14,10 +15,10 @@ from spikelm.kernels.gla_triton_forward import gla_output_kernel, gla_scores_ker
 from spikelm.kernels.runtime import INTERPRETED, chunk_table
 from spikelm.kernels.triton_tools import next_power_of_two
 
-# A smaller chunk lets the interpreter's small cases cross several chunks.
-CHUNK = 16 if INTERPRETED else 64
-WIDEST_TILE = 64
-NARROW_TILE = 32
+# Tokens of a chunk and width of a tile for half-precision products and for full ones, which need registers where the
+# others use matrix units. Smaller chunks let the interpreter's small cases cross several of them.
+HALF = {"BT": 16 if INTERPRETED else 64, "tile": 64}
+FULL = {"BT": 16 if INTERPRETED else 32, "tile": 32}
 
 
 def forward(
@@ -31,13 +32,13 @@ def forward(
     floor: float,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, H, V] and final states [N, Hk, K, V]; arguments as in `gla`, checked and contiguous."""
-    table = chunk_table(cu_seqlens, q.shape[0], q.shape[1], CHUNK, q.device, "gla")
     constants = _constants(q, k, v, g, floor)
+    table = chunk_table(cu_seqlens, q.shape[0], q.shape[1], constants["BT"], q.device, "gla")
     _, final, scores, states = _chunk_values(q, k, v, g, state, table, constants)
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
     chunks, heads, shared = table[0], q.shape[2], k.shape[2]
     if len(chunks):
-        grid = (len(chunks) * heads, _tiles(v.shape[-1]))
+        grid = (len(chunks) * heads, triton.cdiv(v.shape[-1], constants["BV"]))
         gla_output_kernel[grid](q, v, g, scores, states, out, scale, chunks, heads, shared, **constants)
     return out, final
 
@@ -55,8 +56,8 @@ def backward(
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g and of the initial state. Scores and states are computed anew."""
-    table = chunk_table(cu_seqlens, q.shape[0], q.shape[1], CHUNK, q.device, "gla")
     constants = _constants(q, k, v, g, floor)
+    table = chunk_table(cu_seqlens, q.shape[0], q.shape[1], constants["BT"], q.device, "gla")
     first, _, scores, states = _chunk_values(q, k, v, g, state, table, constants)
     dfirst = torch.empty_like(first)
     dlast = torch.zeros_like(first) if dfinal is None else dfinal
@@ -66,7 +67,7 @@ def backward(
     dscores, dstates = torch.empty_like(scores), torch.empty_like(states)
     chunks, bounds, offsets = table
     heads, shared = q.shape[2], k.shape[2]
-    tiles_k, tiles_v = _tiles(k.shape[-1]), _tiles(v.shape[-1])
+    tiles_k, tiles_v = (triton.cdiv(constants[width], constants["B" + width]) for width in "KV")
 
     gla_states_backward_kernel[(first.shape[0] * shared, tiles_k, tiles_v)](
         q, g, do, dstates, dlast, dfirst, scale, bounds, offsets, heads, shared, **constants
@@ -78,10 +79,9 @@ def backward(
             k, g, scores, do, dstates, dv, scale, chunks, heads, shared, **constants
         )
         tensors = (q, k, v, g, do, dscores, states, dstates, dq, dk, dg)
-        # This kernel holds eight tiles of K at once: narrower ones fit the registers.
-        narrow = {**constants, "BK": min(NARROW_TILE, constants["BK"]), "LEVELS": _levels(constants)}
-        gla_keys_backward_kernel[(len(chunks) * shared, -(-k.shape[-1] // narrow["BK"]))](
-            *tensors, scale, chunks, heads, shared, **narrow
+        free = {name: value for name, value in constants.items() if name != "BK"}
+        gla_keys_backward_kernel[lambda meta: (len(chunks) * shared, triton.cdiv(meta["K"], meta["BK"]))](
+            *tensors, scale, chunks, heads, shared, **free, LEVELS=_levels(constants)
         )
     dg = dg.sum_to_size(g.shape).masked_fill_(g < floor, 0.0).to(g.dtype)
     return dq, dk, dv, dg, dfirst
@@ -92,16 +92,15 @@ def _chunk_values(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First and last state of every sequence, scores within chunks, states at chunk starts."""
     chunks, bounds, offsets = table
-    heads, shared, width, values = q.shape[2], k.shape[2], k.shape[-1], v.shape[-1]
+    heads, shared = q.shape[2], k.shape[2]
     narrow = q.dtype if constants["DT"] == tl.bfloat16 else torch.float32
-    shape = (len(bounds) - 1, shared, width, values)
+    shape = (len(bounds) - 1, shared, k.shape[-1], v.shape[-1])
     first = torch.zeros(shape, dtype=torch.float32, device=q.device) if state is None else state.float()
     last = torch.empty_like(first)
     states = torch.empty(len(chunks), *shape[1:], dtype=narrow, device=q.device)
-    scores = torch.empty(q.shape[0] * q.shape[1], heads, CHUNK, dtype=narrow, device=q.device)
-    gla_states_kernel[(shape[0] * shared, _tiles(width), _tiles(values))](
-        k, v, g, states, first, last, bounds, offsets, shared, **constants
-    )
+    scores = torch.empty(q.shape[0] * q.shape[1], heads, constants["BT"], dtype=narrow, device=q.device)
+    tiles = (triton.cdiv(constants[width], constants["B" + width]) for width in "KV")
+    gla_states_kernel[(shape[0] * shared, *tiles)](k, v, g, states, first, last, bounds, offsets, shared, **constants)
     if len(chunks):
         small = {name: value for name, value in constants.items() if name not in ("V", "BV")}
         gla_scores_kernel[(len(chunks) * heads,)](
@@ -118,6 +117,7 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, g: Tensor, floor: float) -> dict
     """
     kinds = {q.dtype, k.dtype, v.dtype}
     half = kinds <= {torch.float16, torch.bfloat16}
+    sizes = HALF if half else FULL
     return {
         "K": k.shape[-1],
         "V": v.shape[-1],
@@ -125,15 +125,11 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, g: Tensor, floor: float) -> dict
         "FLOOR": floor,
         "PRECISION": "tf32" if half else "ieee",
         "DT": tl.bfloat16 if kinds == {torch.bfloat16} else tl.float32,
-        "BT": CHUNK,
-        "BK": min(WIDEST_TILE, next_power_of_two(k.shape[-1])),
-        "BV": min(WIDEST_TILE, next_power_of_two(v.shape[-1])),
+        "BT": sizes["BT"],
+        "BK": min(sizes["tile"], next_power_of_two(k.shape[-1])),
+        "BV": min(sizes["tile"], next_power_of_two(v.shape[-1])),
     }
 
 
 def _levels(constants: dict) -> int:
     return constants["BT"].bit_length() - 1
-
-
-def _tiles(width: int) -> int:
-    return -(-width // min(WIDEST_TILE, next_power_of_two(width)))

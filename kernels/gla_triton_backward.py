@@ -18,6 +18,9 @@ from spikelm.kernels.gla_triton_forward import (
 )
 from spikelm.kernels.triton_tools import autotune, dot
 
+# The gradient of the keys holds many tiles at once and would spill with wider ones or fewer warps.
+NARROW_CONFIGS = [triton.Config({"BK": BK}, num_warps=8) for BK in (16, 32)]
+
 
 @autotune(CONFIGS, key=["K", "V"])
 @triton.jit
@@ -120,7 +123,7 @@ def crossed(o_i, size):
     return ((o_b[:, None] == o_b[None, :]) & m_side).to(tl.float32)
 
 
-@autotune(CONFIGS, key=["K", "V"])
+@autotune(NARROW_CONFIGS, key=["K", "V"])
 @triton.jit
 def gla_keys_backward_kernel(
     q, k, v, g, do, da, h, dh, dq, dk, dg, scale, chunks, heads, shared,

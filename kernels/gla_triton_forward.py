@@ -10,7 +10,7 @@ import triton.language as tl
 
 from spikelm.kernels.triton_tools import autotune, dot
 
-CONFIGS = [triton.Config({}, num_warps=4), triton.Config({}, num_warps=8), triton.Config({}, num_warps=2)]
+CONFIGS = [triton.Config({}, num_warps=4), triton.Config({}, num_warps=8)]
 
 
 @triton.jit
