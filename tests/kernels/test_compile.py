@@ -186,8 +186,8 @@ def as_markdown(rows):
     lines = [
         "# Compile tier",
         "",
-        f"Triton {triton.__version__}, ops on 128 channels. Per target: KiB of shared memory / registers of a thread / what",
-        "is spilled (bytes of stack for CUDA, registers for gfx942). Written by `tests/kernels/test_compile.py -m slow`.",
+        f"Triton {triton.__version__}, ops on 128 channels. Per target: KiB of shared memory / registers of a thread /",
+        "spilled (bytes of stack for CUDA, registers for gfx942). Written by `tests/kernels/test_compile.py -m slow`.",
         "",
         f"| kernel | gates | dtype | warps | tile | {' | '.join(TARGETS)} |",
         "|---" * (5 + len(TARGETS)) + "|",
