@@ -99,8 +99,8 @@ def _chunk_values(
     last = torch.empty_like(first)
     states = torch.empty(len(chunks), *shape[1:], dtype=narrow, device=q.device)
     scores = torch.empty(q.shape[0] * q.shape[1], heads, constants["BT"], dtype=narrow, device=q.device)
-    tiles = (triton.cdiv(constants[width], constants["B" + width]) for width in "KV")
-    gla_states_kernel[(shape[0] * shared, *tiles)](k, v, g, states, first, last, bounds, offsets, shared, **constants)
+    grid = (shape[0] * shared, *(triton.cdiv(constants[width], constants["B" + width]) for width in "KV"))
+    gla_states_kernel[grid](k, v, g, states, first, last, bounds, offsets, shared, **constants)
     if len(chunks):
         small = {name: value for name, value in constants.items() if name not in ("V", "BV")}
         gla_scores_kernel[(len(chunks) * heads,)](
