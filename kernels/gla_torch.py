@@ -142,16 +142,18 @@ def _decay(g: Tensor, floor: float) -> Tensor:
     return (decay.masked_fill_(g < floor, 0.0) if g.amin() < floor else decay).squeeze(4)
 
 
-def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _halves(x: Tensor, size: int) -> tuple[Tensor, ...]:
     """Left and right blocks of `size` tokens of [chunks, N, Hk, C, ...]: two views [chunks, N, Hk, C / 2s, s, ...]."""
-    x = x.unflatten(3, (-1, 2, size))
-    return x[:, :, :, :, 0], x[:, :, :, :, 1]
+    return x.view(*x.shape[:3], -1, 2, size, *x.shape[4:]).unbind(4)
 
 
 def _pairs(scores: Tensor, size: int) -> Tensor:
-    """Where right queries meet left keys in [chunks, N, Hk, C, G, C]: a view [..., C / 2s, s, G, s]."""
-    right = scores.unflatten(5, (-1, 2, size)).unflatten(3, (-1, 2, size))[:, :, :, :, 1, :, :, :, 0]
-    return right.diagonal(dim1=3, dim2=6).movedim(-1, 3)
+    """Where right queries meet left keys in contiguous [chunks, N, Hk, C, G, C]: a view [..., C / 2s, s, G, s]."""
+    *lead, chunk, group, _ = scores.shape
+    row = group * chunk
+    shape = (*lead, chunk // (2 * size), size, group, size)
+    stride = (*scores.stride()[:3], 2 * size * (row + 1), row, chunk, 1)
+    return scores.as_strided(shape, stride, scores.storage_offset() + size * row)
 
 
 def _self(scores: Tensor) -> Tensor:
@@ -168,9 +170,10 @@ def _grow(past: Tensor, future: Tensor, size: int) -> None:
 
 def _carry(states: Tensor, keep: Tensor, backwards: bool = False) -> None:
     """states[i + 1] += keep[i] * states[i], chunk after chunk; or states[i] += keep[i] * states[i + 1]."""
-    chunks = range(keep.shape[0])
-    for i in reversed(chunks) if backwards else chunks:
-        states[i if backwards else i + 1].addcmul_(keep[i], states[i + 1 if backwards else i])
+    chunks, kept = states.unbind(0), keep.unbind(0)
+    for i in reversed(range(len(kept))) if backwards else range(len(kept)):
+        source, to = (i + 1, i) if backwards else (i, i + 1)
+        chunks[to].addcmul_(kept[i], chunks[source])
 
 
 def _enter(a: Tensor, b: Tensor, first: Tensor | None = None, last: Tensor | None = None) -> Tensor:
@@ -182,6 +185,12 @@ def _enter(a: Tensor, b: Tensor, first: Tensor | None = None, last: Tensor | Non
     else:
         states[-1] = last
     return states
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """to += a @ b."""
+    to.flatten(0, 2).baddbmm_(a.flatten(0, 2), b.flatten(0, 2))
+    return to
 
 
 def _meet(a: Tensor, b: Tensor) -> Tensor:
@@ -225,8 +234,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, scal
     scores = within(q, k, past, future)[0]
     states = _enter((k * future).mT, v, first=state)
     _carry(states, past[..., -1, :, None])
-    out = scores.flatten(3, 4) @ v
-    out += (q * past.unsqueeze(4)).flatten(3, 4) @ states[:-1]
+    out = _add_product(scores.flatten(3, 4) @ v, (q * past.unsqueeze(4)).flatten(3, 4), states[:-1])
     return out.mul_(scale).view(*q.shape[:-1], -1), states[-1]
 
 
@@ -247,8 +255,7 @@ def _backward(
     dstates = _enter(query.flatten(3, 4).mT, do, last=dstate)
     _carry(dstates, keep, backwards=True)
 
-    dv = scores.flatten(3, 4).mT @ do
-    dv += key @ dstates[1:]
+    dv = _add_product(scores.flatten(3, 4).mT @ do, key, dstates[1:])
     dquery = (do @ states[:-1].mT).view(q.shape)
     dkey = v @ dstates[1:].mT
     dq.addcmul_(dquery, past.unsqueeze(4))
@@ -256,7 +263,7 @@ def _backward(
     _multiply(query, dquery, terms[-2].unsqueeze(4))
     _multiply(key, dkey, terms[-1])
     through = (keep * (states[:-1] * dstates[1:]).sum(-1, keepdim=True)).mT
-    terms[-2][..., -1:, :] += through.sum_to_size(keep.mT.shape)
+    terms[-2].narrow(-2, -1, 1).add_(through.sum_to_size(keep.mT.shape))
     dg = _gate_gradient(terms)
     return (dq, dk.unsqueeze(4), dv.unsqueeze(4), dg.unsqueeze(4)), dstates[0]
 
@@ -289,7 +296,8 @@ def _channel_scores(q: Tensor, k: Tensor, past: Tensor, future: Tensor, dscores:
             _halves(dk, size)[0].addcmul_(dkey, to_key)
             left, right = _halves(terms[level], size)
             _multiply(query, dquery, right.unsqueeze(5))
-            _multiply(key, dkey, left)
+            if size > 1:  # in a block of one token, no gate lies behind it
+                _multiply(key, dkey, left)
         _grow(past, future, size)
     return scores, dq, dk, terms
 
@@ -331,10 +339,11 @@ def _gate_gradient(terms: Tensor) -> Tensor:
     for size, term in zip(reversed(_sizes(later.shape[3])), reversed(terms[:-2].unbind(0))):
         (left, right), (before, _) = _halves(later, size), _halves(earlier, size)
         crossing = _fold(right, -2), _fold(before, -2)
-        left[..., -1, :] += crossing[0]
-        right += _halves(term, size)[1]
-        right[..., -1, :] += crossing[1]
-        before += _halves(term, size)[0]
+        left.select(-2, -1).add_(crossing[0])
+        right.add_(_halves(term, size)[1])
+        right.select(-2, -1).add_(crossing[1])
+        if size > 1:
+            before.add_(_halves(term, size)[0])
     return later
 
 
