@@ -16,143 +16,17 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spikelm.kernels.gla import gla, gla_reference, gla_step
-from spikelm.kernels.lif import lif, lif_step
-from spikelm.kernels.lif_reference import lif_reference
-from spikelm.kernels.scan import scan, scan_reference, scan_step
-from spikelm.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
-from spikelm.kernels.spike_encode import spike_encode, spike_encode_reference
-from spikelm.kernels.spike_train import expand, expand_reference
+from spikelm.eval.bench_ops import OPS, Op, Sizes
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PASSES = ("forward", "forward_backward", "step")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Batch, tokens, heads and channels per head; ops without heads have heads * width channels."""
-
-    batch: int
-    length: int
-    heads: int
-    width: int
-
-    @property
-    def channels(self) -> int:
-        """Channels of a token over all heads."""
-        return self.heads * self.width
-
-
-@dataclass(frozen=True)
-class Op:
-    """One row of the benchmark.
-
-    `make` draws inputs `[B, T, ...]`; functions take them and return a tensor or a tuple with the output first.
-    `step` takes them without their time axis, and the last result's state. `flops` counts operations of a forward
-    pass. `peers` map a name to (module, function of that module -> function of the inputs).
-    """
-
-    make: Callable[[Sizes, Callable[..., Tensor]], list[Tensor]]
-    op: Callable[..., Any]
-    reference: Callable[..., Any]
-    flops: Callable[[Sizes], float]
-    step: Callable[..., Any] | None = None
-    state: Callable[[Sizes], tuple[int, ...]] | None = None
-    differentiable: bool = True
-    peers: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = field(default_factory=dict)
-
-
-def _attention_inputs(gate_per_channel: bool) -> Callable[[Sizes, Callable[..., Tensor]], list[Tensor]]:
-    def make(s: Sizes, draw: Callable[..., Tensor]) -> list[Tensor]:
-        q, k, v = (draw(s.batch, s.length, s.heads, s.width) for _ in range(3))
-        g = draw(*k.shape) if gate_per_channel else draw(*k.shape[:3])
-        return [q, k, v, -0.1 * g.abs()]
-
-    return make
-
-
-def _attention_flops(s: Sizes) -> float:
-    return 4.0 * s.batch * s.length * s.heads * s.width**2
-
-
-def _lif_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    params = torch.tensor([[0.5], [1.0]], device=x.device).expand(2, x.shape[-1])
-    state = torch.zeros(x.shape[0], 1, x.shape[-1], device=x.device)
-    return lif_reference(x, params, state, None, None, "hard", False, "atan", 1.0, True, 0)
-
-
-def _spikingjelly(module: Any) -> Callable[[Tensor], Tensor]:
-    """Its multi-step LIF with the same decay, reset and surrogate; time comes first there."""
-    surrogate = importlib.import_module("spikingjelly.activation_based.surrogate")
-
-    def run(x: Tensor) -> Tensor:
-        backend = "cupy" if x.is_cuda else "torch"
-        node = module.LIFNode(tau=2.0, surrogate_function=surrogate.ATan(), v_reset=0.0, step_mode="m", backend=backend)
-        return node(x.transpose(0, 1)).transpose(0, 1)
-
-    return run
-
-
-OPS: dict[str, Op] = {
-    "gla": Op(
-        _attention_inputs(True),
-        gla,
-        gla_reference,
-        _attention_flops,
-        gla_step,
-        lambda s: (s.batch, s.heads, s.width, s.width),
-        peers={"fla": ("fla.ops.gla", lambda m: m.chunk_gla)},
-    ),
-    "simple_gla": Op(
-        _attention_inputs(False),
-        simple_gla,
-        simple_gla_reference,
-        _attention_flops,
-        simple_gla_step,
-        lambda s: (s.batch, s.heads, s.width, s.width),
-        peers={"fla": ("fla.ops.simple_gla", lambda m: m.chunk_simple_gla)},
-    ),
-    "scan": Op(
-        lambda s, draw: [draw(s.batch, s.length, s.channels), draw(s.batch, s.length, s.channels).sigmoid()],
-        scan,
-        scan_reference,
-        lambda s: 2.0 * s.batch * s.length * s.channels,
-        scan_step,
-        lambda s: (s.batch, s.channels),
-        peers={"fla": ("fla.ops.hgrn", lambda m: lambda x, a: m.chunk_hgrn(x, a.log()))},
-    ),
-    "lif": Op(
-        lambda s, draw: [2.0 * draw(s.batch, s.length, s.channels)],
-        lambda x: lif(x, 0.5, 1.0),
-        _lif_reference,
-        lambda s: 4.0 * s.batch * s.length * s.channels,
-        lambda x, state: lif_step(x, 0.5, 1.0, state),
-        lambda s: (s.batch, s.channels),
-        peers={"spikingjelly": ("spikingjelly.activation_based.neuron", _spikingjelly)},
-    ),
-    "spike_encode": Op(
-        lambda s, draw: [draw(s.batch, s.length, s.channels)],
-        lambda x: spike_encode(x, 3.0),
-        lambda x: spike_encode_reference(x, torch.tensor([3.0], device=x.device), None, None, None),
-        lambda s: 4.0 * s.batch * s.length * s.channels,
-        differentiable=False,
-    ),
-    "spike_train": Op(
-        lambda s, draw: [(3.0 * draw(s.batch, s.length, s.channels)).round().clamp(-7, 7)],
-        lambda x: expand(x, "bitwise", 3),
-        lambda x: expand_reference(x, "bitwise", 3),
-        lambda s: 9.0 * s.batch * s.length * s.channels,
-        differentiable=False,
-    ),
-}
 
 
 def run(
@@ -271,12 +145,12 @@ def _inputs(op: Op, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed
         return torch.randn(shape, generator=random, device=device)
 
     one = Sizes(sizes.batch, 1, sizes.heads, sizes.width) if kind == "step" else sizes
-    made = op.make(one, draw)
-    # Gates of attention, last of four, stay float32 as models keep them.
-    tensors = [x.to(dtype) if i < 3 else x for i, x in enumerate(made)]
+    tensors = [x.to(dtype) if i < op.narrow and x.is_floating_point() else x for i, x in enumerate(op.make(one, draw))]
     if kind == "step":
-        return [x[:, 0].contiguous() for x in tensors] + [draw(*op.state(sizes))] if op.state else tensors
-    return [x.requires_grad_(kind == "forward_backward") for x in tensors]
+        timed = len(tensors) - op.parameters
+        tensors = [x[:, 0].contiguous() if i < timed else x for i, x in enumerate(tensors)]
+        return [*tensors, draw(*op.state(sizes))] if op.state else tensors
+    return [x.requires_grad_(kind == "forward_backward" and x.is_floating_point()) for x in tensors]
 
 
 def _call(function: Callable[..., Any], kind: str) -> Callable[[list[Tensor]], Any]:
@@ -285,8 +159,8 @@ def _call(function: Callable[..., Any], kind: str) -> Callable[[list[Tensor]], A
             return function(*inputs)
 
     def forward_backward(inputs: list[Tensor]) -> Any:
-        out = _first(function(*inputs))
-        return out, torch.autograd.grad(out, inputs, torch.ones_like(out), allow_unused=True)
+        out, leaves = _first(function(*inputs)), [x for x in inputs if x.requires_grad]
+        return out, torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
 
     return forward_backward if kind == "forward_backward" else forward
 

@@ -7,6 +7,7 @@ configuration that autotuning may choose, for every dtype and target:
     SPIKELM_COMPILE_TABLE=docs/compile_tier.md python -m pytest tests/kernels/test_compile.py -m slow
 """
 
+import importlib
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from every_op import run_every_op
 from spikelm.kernels import runtime
 
 pytestmark = pytest.mark.compile
@@ -71,15 +73,19 @@ def describe(kernel, args, kwargs, options):
     return Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(options.items()))
 
 
+def triton_modules():
+    """Every module of the package that holds kernels."""
+    files = sorted(Path(runtime.__file__).parent.glob("*_triton*.py"))
+    return [importlib.import_module(f"spikelm.kernels.{file.stem}") for file in files]
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """The launches made while a test runs ops on CPU tensors; none of them is executed."""
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    from spikelm.kernels import gla_triton, lif_triton, scan_triton, spike_encode_triton, spike_train_triton
-
-    assert all((gla_triton, lif_triton, scan_triton, spike_encode_triton, spike_train_triton))
+    triton_modules()
     recorded = {}
 
     def launch(kernel, *args, grid=None, warmup=False, **kwargs):
@@ -97,64 +103,16 @@ def launches(monkeypatch):
     return recorded
 
 
-def run_everything(dtype, width):
-    """Every op of the package once, forward and backward, with heads or rows of `width` channels."""
-    from spikelm.kernels.gla import gla
-    from spikelm.kernels.lif import Astrocyte, lif
-    from spikelm.kernels.scan import scan
-    from spikelm.kernels.simple_gla import simple_gla
-    from spikelm.kernels.spike_encode import rms_norm_spike_encode, spike_encode, spike_quantize
-    from spikelm.kernels.spike_train import bit_spikes, collapse, expand, pack, unpack
-
-    def leaf(*shape):
-        return torch.zeros(shape, dtype=dtype, requires_grad=True)
-
-    q, k, v, g = (leaf(1, 4, 2, width) for _ in range(4))
-    gla(q, k, v, g)[0].sum().backward()
-    simple_gla(q, k, v, leaf(1, 4, 2))[0].sum().backward()
-    scan(leaf(1, 4, width), leaf(1, 4, width))[0].sum().backward()
-    for unit in (None, Astrocyte(0.9, 0.8, 4.0, 0.5, 0.2)):
-        lif(leaf(1, 4, width), 0.5, 1.0, astrocyte=unit)[0].sum().backward()
-    x = leaf(4, width)
-    spike_encode(x, 3.0)
-    spike_quantize(x, 3.0, dead_zone=0.5, magnitude=leaf(1) + 1, max_count=4).sum().backward()
-    rms_norm_spike_encode(x, leaf(width), 3.0, eps=1e-6)
-    counts, trains = torch.zeros(4, width), torch.zeros(4, 4, width, dtype=torch.int8)
-    for code in ("binary", "ternary", "bitwise", "twos_complement"):
-        expand(counts, code, 4)
-        collapse(trains, code)
-        bit_spikes(counts, code, 4)
-    for planes in (1, 2):
-        unpack(pack(trains, signed=planes == 2), width)
-
-
 def test_every_kernel_is_launched(launches):
     """A kernel that no op reaches here would go uncompiled."""
-    from spikelm.kernels import (
-        gla_triton_backward,
-        gla_triton_forward,
-        lif_triton,
-        scan_triton,
-        spike_encode_triton,
-        spike_train_triton,
-    )
-
-    run_everything(torch.bfloat16, 64)
-    modules = (
-        gla_triton_forward,
-        gla_triton_backward,
-        scan_triton,
-        lif_triton,
-        spike_encode_triton,
-        spike_train_triton,
-    )
-    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    run_every_op(torch.bfloat16, 64)
+    kernels = {name for module in triton_modules() for name in vars(module) if name.endswith("_kernel")}
     assert kernels == {launch.kernel.__name__ for launch in launches}
 
 
 @pytest.mark.parametrize("target", ["cuda90", "gfx942"])
 def test_one_launch_per_kernel(launches, target):
-    run_everything(torch.bfloat16, 64)
+    run_every_op(torch.bfloat16, 64)
     first = {}
     for launch in launches:
         first.setdefault(launch.kernel.__name__, launch)
@@ -208,7 +166,7 @@ def test_every_configuration(launches):
     rows = []
     for dtype_name, dtype in DTYPES.items():
         launches.clear()
-        run_everything(dtype, 128)
+        run_every_op(dtype, 128)
         for launch in list(launches):
             constants, options = dict(launch.constants), dict(launch.options)
             gates = {1: "head", 128: "channel"}.get(constants.get("W"), "")

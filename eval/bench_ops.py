@@ -1,0 +1,140 @@
+"""The ops that the kernel benchmark measures: inputs, definitions, costs, peers. A new op is one entry of `OPS`."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikelm.kernels.gla import gla, gla_reference, gla_step
+from spikelm.kernels.lif import lif, lif_step
+from spikelm.kernels.lif_reference import lif_reference
+from spikelm.kernels.scan import scan, scan_reference, scan_step
+from spikelm.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
+from spikelm.kernels.spike_encode import spike_encode, spike_encode_reference
+from spikelm.kernels.spike_train import expand, expand_reference
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Batch, tokens, heads and channels per head; ops without heads have heads * width channels."""
+
+    batch: int
+    length: int
+    heads: int
+    width: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of a token over all heads."""
+        return self.heads * self.width
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row of the benchmark.
+
+    `make` draws inputs `[B, T, ...]`, the last `parameters` of them without batch and time; those from index `narrow`
+    on stay float32 whatever the dtype, as models keep gates and parameters. Functions take the inputs and return a
+    tensor or a tuple with the output first. `step` takes them without their time axis, and the last result's state.
+    `flops` counts operations of a forward pass. `peers` map a name to (module, function of that module -> function of
+    the inputs).
+    """
+
+    make: Callable[[Sizes, Callable[..., Tensor]], list[Tensor]]
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    flops: Callable[[Sizes], float]
+    step: Callable[..., Any] | None = None
+    state: Callable[[Sizes], tuple[int, ...]] | None = None
+    differentiable: bool = True
+    narrow: int = 3
+    parameters: int = 0
+    peers: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = field(default_factory=dict)
+
+
+def _attention_inputs(gate_per_channel: bool) -> Callable[[Sizes, Callable[..., Tensor]], list[Tensor]]:
+    def make(s: Sizes, draw: Callable[..., Tensor]) -> list[Tensor]:
+        q, k, v = (draw(s.batch, s.length, s.heads, s.width) for _ in range(3))
+        g = draw(*k.shape) if gate_per_channel else draw(*k.shape[:3])
+        return [q, k, v, -0.1 * g.abs()]
+
+    return make
+
+
+def _attention_flops(s: Sizes) -> float:
+    return 4.0 * s.batch * s.length * s.heads * s.width**2
+
+
+def _lif_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    params = torch.tensor([[0.5], [1.0]], device=x.device).expand(2, x.shape[-1])
+    state = torch.zeros(x.shape[0], 1, x.shape[-1], device=x.device)
+    return lif_reference(x, params, state, None, None, "hard", False, "atan", 1.0, True, 0)
+
+
+def _spikingjelly(module: Any) -> Callable[[Tensor], Tensor]:
+    """Its multi-step LIF with the same decay, reset and surrogate; time comes first there."""
+    surrogate = importlib.import_module("spikingjelly.activation_based.surrogate")
+
+    def run(x: Tensor) -> Tensor:
+        backend = "cupy" if x.is_cuda else "torch"
+        node = module.LIFNode(tau=2.0, surrogate_function=surrogate.ATan(), v_reset=0.0, step_mode="m", backend=backend)
+        return node(x.transpose(0, 1)).transpose(0, 1)
+
+    return run
+
+
+OPS: dict[str, Op] = {
+    "gla": Op(
+        _attention_inputs(True),
+        gla,
+        gla_reference,
+        _attention_flops,
+        gla_step,
+        lambda s: (s.batch, s.heads, s.width, s.width),
+        peers={"fla": ("fla.ops.gla", lambda m: m.chunk_gla)},
+    ),
+    "simple_gla": Op(
+        _attention_inputs(False),
+        simple_gla,
+        simple_gla_reference,
+        _attention_flops,
+        simple_gla_step,
+        lambda s: (s.batch, s.heads, s.width, s.width),
+        peers={"fla": ("fla.ops.simple_gla", lambda m: m.chunk_simple_gla)},
+    ),
+    "scan": Op(
+        lambda s, draw: [draw(s.batch, s.length, s.channels), draw(s.batch, s.length, s.channels).sigmoid()],
+        scan,
+        scan_reference,
+        lambda s: 2.0 * s.batch * s.length * s.channels,
+        scan_step,
+        lambda s: (s.batch, s.channels),
+        peers={"fla": ("fla.ops.hgrn", lambda m: lambda x, a: m.chunk_hgrn(x, a.log()))},
+    ),
+    "lif": Op(
+        lambda s, draw: [2.0 * draw(s.batch, s.length, s.channels)],
+        lambda x: lif(x, 0.5, 1.0),
+        _lif_reference,
+        lambda s: 4.0 * s.batch * s.length * s.channels,
+        lambda x, state: lif_step(x, 0.5, 1.0, state),
+        lambda s: (s.batch, s.channels),
+        peers={"spikingjelly": ("spikingjelly.activation_based.neuron", _spikingjelly)},
+    ),
+    "spike_encode": Op(
+        lambda s, draw: [draw(s.batch, s.length, s.channels)],
+        lambda x: spike_encode(x, 3.0),
+        lambda x: spike_encode_reference(x, torch.tensor([3.0], device=x.device), None, None, None),
+        lambda s: 4.0 * s.batch * s.length * s.channels,
+        differentiable=False,
+    ),
+    "spike_train": Op(
+        lambda s, draw: [(3.0 * draw(s.batch, s.length, s.channels)).round().clamp(-7, 7)],
+        lambda x: expand(x, "bitwise", 3),
+        lambda x: expand_reference(x, "bitwise", 3),
+        lambda s: 9.0 * s.batch * s.length * s.channels,
+        differentiable=False,
+    ),
+}

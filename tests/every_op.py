@@ -1,0 +1,59 @@
+"""One small call of every op, forward and backward: the compile tier compiles whatever these calls launch."""
+
+import torch
+
+
+def attention(leaf, width):
+    from spikelm.kernels.gla import gla
+    from spikelm.kernels.simple_gla import simple_gla
+
+    q, k, v, g = (leaf(1, 4, 2, width) for _ in range(4))
+    gla(q, k, v, g)[0].sum().backward()
+    simple_gla(q, k, v, leaf(1, 4, 2))[0].sum().backward()
+
+
+def scan(leaf, width):
+    from spikelm.kernels.scan import scan
+
+    scan(leaf(1, 4, width), leaf(1, 4, width))[0].sum().backward()
+
+
+def lif(leaf, width):
+    from spikelm.kernels.lif import Astrocyte, lif
+
+    for unit in (None, Astrocyte(0.9, 0.8, 4.0, 0.5, 0.2)):
+        lif(leaf(1, 4, width), 0.5, 1.0, astrocyte=unit)[0].sum().backward()
+
+
+def spike_encode(leaf, width):
+    from spikelm.kernels.spike_encode import rms_norm_spike_encode, spike_encode, spike_quantize
+
+    x = leaf(4, width)
+    spike_encode(x, 3.0)
+    spike_quantize(x, 3.0, dead_zone=0.5, magnitude=leaf(1) + 1, max_count=4).sum().backward()
+    rms_norm_spike_encode(x, leaf(width), 3.0, eps=1e-6)
+
+
+def spike_train(leaf, width):
+    from spikelm.kernels.spike_train import bit_spikes, collapse, expand, pack, unpack
+
+    counts, trains = torch.zeros(4, width), torch.zeros(4, 4, width, dtype=torch.int8)
+    for code in ("binary", "ternary", "bitwise", "twos_complement"):
+        expand(counts, code, 4)
+        collapse(trains, code)
+        bit_spikes(counts, code, 4)
+    for planes in (1, 2):
+        unpack(pack(trains, signed=planes == 2), width)
+
+
+CALLS = (attention, scan, lif, spike_encode, spike_train)
+
+
+def run_every_op(dtype, width):
+    """Call every op once with heads or rows of `width` channels; `leaf(*shape)` makes an input with a gradient."""
+
+    def leaf(*shape):
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+    for call in CALLS:
+        call(leaf, width)
