@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikelm.cache import CACHE_NAME
+
 PREFILL_PASSES = 5
 PROMPT_TOKENS = 32
 DECODE_TOKENS = 32
@@ -45,7 +47,7 @@ def tokens_per_second(
         for name, (network, context) in contexts.items():
             with context():
                 seconds, out = _timed(network, latest[name], caches[name], use_cache=True)
-            latest[name], caches[name] = out.logits[:, -1:].argmax(-1), out.past_key_values
+            latest[name], caches[name] = out.logits[:, -1:].argmax(-1), out[CACHE_NAME]
             if i > 1:  # the prompt and the first step warm up
                 spent[name]["decode"].append(seconds)
     return {name: {kind: 1 / statistics.median(t) for kind, t in kinds.items()} for name, kinds in spent.items()}
@@ -56,7 +58,7 @@ def _timed(network: nn.Module, ids: Tensor, cache: Any, use_cache: bool = False)
     ids = ids.to(device)
     _settle(device)
     start = time.perf_counter()
-    out = network(input_ids=ids, past_key_values=cache, use_cache=use_cache)
+    out = network(input_ids=ids, use_cache=use_cache, **{CACHE_NAME: cache})
     _settle(device)
     return time.perf_counter() - start, out
 

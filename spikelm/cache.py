@@ -6,16 +6,20 @@ so that reordering, repeating, selecting, resetting and saving are written once.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 if TYPE_CHECKING:
     from spikelm.configuration import SpikeLMConfig
     from spikelm.context import ForwardContext
+
+# What transformers calls the cache in arguments and outputs: "cache" since 5.24, "past_key_values" before.
+CACHE_NAME = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class SpikeLMConfig(PreTrainedConfig):
     """
 
     model_type = "spikelm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     # Outputs are gathered after every projection: a spike site needs the mean over all channels of a token, and gated
     # linear attention whole heads. Splitting columns and rows in pairs, as in Llama, would silently change thresholds.
     base_model_tp_plan = {

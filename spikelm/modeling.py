@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from spikelm.cache import SpikeCache, Stateful
+from spikelm.cache import CACHE_NAME, SpikeCache, Stateful
 from spikelm.configuration import SpikeLMConfig
 from spikelm.context import ForwardContext, check_padding
 from spikelm.ffns import FFNS
@@ -120,10 +120,11 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: SpikeCache | None = None,
+        cache: SpikeCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        past_key_values: SpikeCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -132,9 +133,10 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
             input_ids: `[B, T]` int64; or `inputs_embeds` `[B, T, hidden]`.
             attention_mask: `[B, T]` or `[B, past + T]`, 0 for padding (left, right or in between).
             position_ids: `[B, T]` int64; a position that does not grow starts a new document.
-            past_key_values: a `SpikeCache` with the states of the text so far.
+            cache: a `SpikeCache` with the states of the text so far.
             use_cache: whether to return a cache.
             cu_seqlens: `[N + 1]` int, starts of the documents packed into a batch of one row, and its end.
+            past_key_values: the name of `cache` in transformers before 5.24.
 
         Raises:
             ValueError: not exactly one kind of input, a foreign cache, a mask or boundaries that do not fit.
@@ -148,7 +150,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         if use_cache and self.gradient_checkpointing and self.training:
             use_cache = False
         check_padding(attention_mask, x.shape[0], x.shape[1])
-        cache = _checked_cache(past_key_values)
+        cache = _checked_cache(cache, past_key_values)
         if cache is None and use_cache:
             cache = SpikeCache(self.config)
 
@@ -163,7 +165,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         for layer in self.layers:
             x = layer(x, context=context)
         context.finish(position_ids)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=cache if use_cache else None)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE_NAME: cache if use_cache else None})
 
 
 class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
@@ -185,11 +187,12 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: SpikeCache | None = None,
+        cache: SpikeCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: SpikeCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` (-100: ignored) are given.
@@ -201,7 +204,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=_checked_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -216,9 +219,9 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
+            **{CACHE_NAME: out.get(CACHE_NAME)},
         )
 
     def _prepare_cache_for_generation(
@@ -230,41 +233,39 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} is not available for spikelm "
                 "models: their states live in a SpikeCache. Leave cache_implementation unset."
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = SpikeCache(self.config)
+        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE_NAME] = SpikeCache(self.config)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: SpikeCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,  # `generate` takes embeddings only where this name is in the signature
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What one step of `generate` feeds the model."""
-        rope = self.config.rope_parameters
-        if rope and self.config.uses_long_rope and isinstance(past_key_values, SpikeCache):
+        cache, rope = kwargs.get(CACHE_NAME), self.config.rope_parameters
+        if rope and self.config.uses_long_rope and isinstance(cache, SpikeCache):
             # A text that outgrows the short form of LongRoPE is rotated anew as a whole: cached keys are void.
             limit = rope["original_max_position_embeddings"]
-            slots = past_key_values.get_seq_length()
+            slots = cache.get_seq_length()
             if attention_mask is None:  # what began as embeddings is longer than its input_ids
                 tokens = max(input_ids.shape[1], slots + (next_sequence_length or 0))
             else:
                 tokens = int(attention_mask.sum(1).max())
-            seen = past_key_values.shared.states.get("tokens")
+            seen = cache.shared.states.get("tokens")
             if seen is not None and int(seen.max()) <= limit < tokens:
                 if input_ids.shape[1] <= slots:
                     raise ValueError(
                         f"The text outgrows {limit} tokens, where LongRoPE rotates all of it anew, but its beginning "
                         "is not in input_ids: start from tokens instead of embeddings."
                     )
-                past_key_values.reset()
+                cache.reset()
                 next_sequence_length = None
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             **kwargs,
@@ -279,12 +280,16 @@ class SpikeLMForTokenClassification(GenericForTokenClassification, SpikeLMPreTra
     """The decoder with a classification head on every token."""
 
 
-def _checked_cache(cache: Any) -> SpikeCache | None:
+def _checked_cache(cache: Any, past_key_values: Any = None) -> SpikeCache | None:
+    """The one of the two names that was given, if it is a cache of ours."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them.")
+    cache = past_key_values if cache is None else cache
     if cache is None or isinstance(cache, SpikeCache):
         return cache
     raise ValueError(
-        f"past_key_values must be a SpikeCache, got {type(cache).__name__}: a spikelm model carries recurrent states "
-        "too. Use the cache that the model returned, or SpikeCache(model.config)."
+        f"cache must be a SpikeCache, got {type(cache).__name__}: a spikelm model carries recurrent states too. Use "
+        "the cache that the model returned, or SpikeCache(model.config)."
     )
 
 

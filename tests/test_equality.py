@@ -5,6 +5,7 @@ import torch
 
 from small_models import PATTERNS, SITES, small_model
 from spikelm import SpikeLMForCausalLM
+from spikelm.cache import CACHE_NAME
 from spikelm.spiking import execute_trains
 
 EXACT = 1e-9
@@ -26,8 +27,8 @@ def in_chunks(model, ids, cuts, **per_token):
     cache, pieces = None, []
     for begin, end in zip([0, *cuts], [*cuts, ids.shape[1]]):
         extra = {name: value[:, begin:end] for name, value in per_token.items()}
-        out = model(ids[:, begin:end], past_key_values=cache, use_cache=True, **extra)
-        cache, pieces = out.past_key_values, [*pieces, out.logits]
+        out = model(ids[:, begin:end], cache=cache, use_cache=True, **extra)
+        cache, pieces = out[CACHE_NAME], [*pieces, out.logits]
     return torch.cat(pieces, 1)
 
 
@@ -61,7 +62,7 @@ def test_right_padding_changes_nothing_and_updates_no_state(model, ids):
     first = model(ids[:, :12], attention_mask=mask, use_cache=True)
     assert differ(first.logits[0, :5], model(ids[:1, :5]).logits[0]) < EXACT
     mask = torch.cat([mask, torch.ones(2, LENGTH - 12, dtype=torch.long)], 1)
-    second = model(ids[:, 12:], attention_mask=mask, past_key_values=first.past_key_values)
+    second = model(ids[:, 12:], attention_mask=mask, cache=first[CACHE_NAME])
     whole = model(torch.cat([ids[:1, :5], ids[:1, 12:]], 1)).logits
     assert differ(second.logits[0], whole[0, 5:]) < EXACT
     assert differ(second.logits[1], model(ids[1:]).logits[0, 12:]) < EXACT
@@ -136,7 +137,7 @@ def test_memory_of_linear_and_window_layers_is_constant():
         sizes = []
         for length in (16, 64):
             with torch.no_grad():
-                sizes.append(model(torch.randint(0, 97, (1, length)), use_cache=True).past_key_values.nbytes)
+                sizes.append(model(torch.randint(0, 97, (1, length)), use_cache=True)[CACHE_NAME].nbytes)
         assert sizes[0] == sizes[1], name
 
 

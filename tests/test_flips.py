@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import spikelm
+from spikelm.cache import CACHE_NAME
 from spikelm.conversion.smollm import smollm2_gguf
 from spikelm.conversion.texts import evaluation_sample
 from spikelm.loading import load_model
@@ -34,8 +35,8 @@ def test_flip_rate_and_likelihood_of_chunks():
         layers.clear()
         cache, logits = None, []
         for piece in ids.split(cuts, dim=1):
-            out = model(piece, past_key_values=cache, use_cache=True)
-            cache, logits = out.past_key_values, [*logits, out.logits[0]]
+            out = model(piece, cache=cache, use_cache=True)
+            cache, logits = out[CACHE_NAME], [*logits, out.logits[0]]
         loss = F.cross_entropy(torch.cat(logits)[:-1], ids[0, 1:], reduction="sum").item()
         return loss, {i: torch.cat([torch.cat(counts[s::4]) for s in range(4)], 1) for i, counts in layers.items()}
 

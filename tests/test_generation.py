@@ -7,6 +7,7 @@ import torch
 
 from small_models import SITES, small_model
 from spikelm import SpikeCache
+from spikelm.cache import CACHE_NAME
 
 OPTIONS = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
@@ -58,7 +59,7 @@ def test_continuation_from_a_returned_cache(model, ids):
     first = model.generate(ids, return_dict_in_generate=True, **OPTIONS)
     text = torch.cat([first.sequences, ids[:, :3]], 1)
     options = OPTIONS | {"attention_mask": torch.ones_like(text)}  # else generate takes a token 0 for padding
-    continued = model.generate(text, past_key_values=first.past_key_values, **options)
+    continued = model.generate(text, **{CACHE_NAME: first[CACHE_NAME]}, **options)
     assert same(continued, model.generate(text, **options))
 
 
@@ -78,15 +79,24 @@ def test_other_caches_are_refused_with_a_reason(model, ids):
     with pytest.raises(ValueError, match="SpikeCache"):
         from transformers import DynamicCache
 
-        model(ids, past_key_values=DynamicCache())
+        model(ids, cache=DynamicCache())
+
+
+@torch.no_grad()
+def test_the_older_name_of_the_cache_is_understood(model, ids):
+    start = model(ids[:, :6], use_cache=True)[CACHE_NAME]
+    again = copy.deepcopy(start)
+    assert torch.equal(model(ids[:, 6:], past_key_values=start).logits, model(ids[:, 6:], cache=again).logits)
+    with pytest.raises(ValueError, match="two names"):
+        model(ids, cache=start, past_key_values=again)
 
 
 @torch.no_grad()
 def test_cache_rows_can_be_selected_repeated_saved_and_reset(model, ids, tmp_path):
     def step(cache, rows):
-        return model(ids[rows, 6:], past_key_values=cache, use_cache=True).logits
+        return model(ids[rows, 6:], cache=cache, use_cache=True).logits
 
-    start = model(ids[:, :6], use_cache=True).past_key_values
+    start = model(ids[:, :6], use_cache=True)[CACHE_NAME]
     expected = step(copy.deepcopy(start), [0, 1])
 
     swapped = copy.deepcopy(start)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from spikelm.cache import CACHE_NAME
 from spikelm.eval.data import tokenize
 from spikelm.eval.fidelity import run_counted
 from spikelm.spiking import SpikeStatistics
@@ -102,7 +103,7 @@ def test_a_window_counts_only_the_keys_that_it_sees(make_pair):
     with SpikeStatistics(model) as steps, torch.no_grad():
         cache = None
         for token in ids[0]:
-            cache = model(token.view(1, 1), past_key_values=cache, use_cache=True).past_key_values
+            cache = model(token.view(1, 1), cache=cache, use_cache=True)[CACHE_NAME]
     seen = sum(min(t + 1, 4) for t in range(12)) / 12
     expected = 3 * 2 * seen * 4 * 8  # layers, scores and values, keys, heads, channels
     for statistics in (whole, steps):

@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from small_models import small_config, small_model
+from spikelm.cache import CACHE_NAME
 from spikelm.context import ForwardContext
 from spikelm.mixers.attention import SoftmaxCore, rotate
 
@@ -56,11 +57,11 @@ def test_published_off_by_one_steps_see_w_keys():
 
     cache = None
     for t in range(11):
-        out = flagged(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = flagged(ids[:, t : t + 1], cache=cache, use_cache=True)
+        cache = out[CACHE_NAME]
         assert (out.logits[0, 0] - plain(ids).logits[0, t]).abs().max() < 1e-9
     chunked = flagged(ids[:, :6], use_cache=True)
-    rest = flagged(ids[:, 6:], past_key_values=chunked.past_key_values)
+    rest = flagged(ids[:, 6:], cache=chunked[CACHE_NAME])
     assert (rest.logits - wider(ids).logits[:, 6:]).abs().max() < 1e-9
 
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from small_models import small_config, small_model
+from spikelm.cache import CACHE_NAME
 from spikelm.mixers.gla import GatedLinearCore, LowRankGate
 
 
@@ -67,7 +68,7 @@ def test_tied_gate_is_one_minus_the_key():
 
 def test_state_is_kept_once_per_key_value_head():
     model = small_model(dtype=torch.bfloat16, mixers="gla")
-    cache = model(torch.randint(0, 97, (3, 5)), use_cache=True).past_key_values
+    cache = model(torch.randint(0, 97, (3, 5)), use_cache=True)[CACHE_NAME]
     state = cache.layers[0].states["mixer.gla.recurrent"]
     spec = model.model.layers[0].mixer.gla.state_specs()["recurrent"]
     assert state.shape == (3, *spec.shape) == (3, 2, 8, 8)
