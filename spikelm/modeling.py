@@ -25,12 +25,11 @@ from spikelm.cache import CACHE_NAME, SpikeCache, Stateful
 from spikelm.configuration import SpikeLMConfig
 from spikelm.context import ForwardContext, check_padding
 from spikelm.ffns import FFNS
+from spikelm.initial import fill
 from spikelm.mixers import make_mixer
 from spikelm.mixers.attention import SoftmaxCore
-from spikelm.mixers.gla import LowRankGate
-from spikelm.norms import OnePlusNorm, make_norm
+from spikelm.norms import make_norm
 from spikelm.rotary import RotaryEmbedding, make_rotaries
-from spikelm.spiking.site import SpikeSite
 
 
 class SpikeLMDecoderLayer(GradientCheckpointingLayer):
@@ -78,12 +77,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # `init` leaves tensors alone that a checkpoint has filled; writing in place would not.
-        if isinstance(module, SpikeSite):
-            for tensor, value in module.initial_values():
-                init.constant_(tensor, value)
-        elif isinstance(module, OnePlusNorm):
-            init.zeros_(module.weight)
-        elif isinstance(module, RotaryEmbedding):
+        if isinstance(module, RotaryEmbedding):
             compute = module.compute_default_rope_parameters
             if module.rope_type != "default":
                 super()._init_weights(module)
@@ -93,11 +87,7 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
             init.copy_(module.original_inv_freq, frequencies)
         else:
             super()._init_weights(module)
-            if isinstance(module, LowRankGate):
-                # Its children come first: their general initialisation is replaced here (SpikingBrain 1.2).
-                for linear in module:
-                    init.xavier_uniform_(linear.weight, gain=2**-2.5)
-                init.constant_(module[1].bias, module.initial_bias)
+            fill(module)
 
 
 class SpikeLMModel(SpikeLMPreTrainedModel):

@@ -24,6 +24,8 @@ class RMSNorm(nn.Module):
 class OnePlusNorm(RMSNorm):
     """RMSNorm with weight 1 + w, w = 0 at the start (Gemma)."""
 
+    initial = {"weight": 0.0}
+
     def __init__(self, width: int, eps: float):
         super().__init__(width, eps)
         nn.init.zeros_(self.weight)

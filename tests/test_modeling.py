@@ -106,7 +106,8 @@ def test_bfloat16_runs_and_stays_near_float32(pattern, ids):
     model = small_model(dtype=torch.float32, **pattern)
     exact = model(ids).logits
     rounded = model.to(torch.bfloat16)(ids).logits.float()
-    assert (rounded - exact).norm() / exact.norm() < 0.1
+    # The median over tokens: a head that reads almost nothing is normed up, rounding and all, so one token may be far.
+    assert ((rounded - exact).norm(dim=-1) / exact.norm(dim=-1)).median() < 0.05
 
 
 def test_activation_checkpointing_gives_the_same_gradients(pattern, sites, ids):

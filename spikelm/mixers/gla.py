@@ -8,13 +8,16 @@ layer's input, log g = logsigmoid(W_1 W_0 x + b) / 16, or tied to the keys, g = 
 State: `recurrent` `[B, Hkv, D, D]`, float32 or better.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from spikelm.cache import Stateful, StateSpec
+from spikelm.initial import declare
 from spikelm.kernels.gla import gla, gla_step
 from spikelm.norms import make_norm
 
@@ -77,5 +80,8 @@ class LowRankGate(nn.Sequential):
     """Gate logits W_1 W_0 x + b: `[B, T, hidden]` -> `[B, T, width]`."""
 
     def __init__(self, hidden: int, rank: int, width: int, bias: float):
-        super().__init__(nn.Linear(hidden, rank, bias=False), nn.Linear(rank, width))
-        self.initial_bias = float(bias)
+        small = partial(init.xavier_uniform_, gain=2**-2.5)  # as published
+        super().__init__(
+            declare(nn.Linear(hidden, rank, bias=False), weight=small),
+            declare(nn.Linear(rank, width), weight=small, bias=float(bias)),
+        )

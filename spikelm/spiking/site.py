@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from spikelm.initial import fill
 from spikelm.kernels.spike_encode import spike_encode, spike_quantize
 from spikelm.precision import KeepsDtype
 
@@ -60,13 +61,7 @@ class SpikeSite(KeepsDtype):
             self.register_buffer("magnitude", torch.empty(1, dtype=torch.float32) if stored else None)
         self.observers: list[Observer] = []
         self.substitute: Callable[[Tensor], Tensor] | None = None
-        for tensor, value in self.initial_values():
-            nn.init.constant_(tensor, value)
-
-    def initial_values(self) -> list[tuple[Tensor, float]]:
-        """Every tensor of the site with the value that it has where a checkpoint says nothing."""
-        tensors = {"k": self.k, "dead_zone": self.dead_zone, "magnitude": self.magnitude}
-        return [(tensor, self.initial[name]) for name, tensor in tensors.items() if tensor is not None]
+        fill(self)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Counts `[..., width]` (integers, as float32 or float64) and threshold `[..., 1]`; no gradient."""

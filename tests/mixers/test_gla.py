@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from small_models import small_config, small_model
+from spikelm import SpikeLMForCausalLM
 from spikelm.cache import CACHE_NAME
-from spikelm.mixers.gla import GatedLinearCore, LowRankGate
+from spikelm.mixers.gla import GatedLinearCore
 
 
 def published_layer(mixer, x):
@@ -41,13 +42,19 @@ def test_layer_follows_the_published_equations():
 
 
 def test_gate_starts_with_the_published_half_life():
-    gate = LowRankGate(32, 16, 16, 0.0)
-    model = small_model(mixers="gla")
-    model._init_weights(gate)
+    gate = SpikeLMForCausalLM(small_config(mixers="gla")).model.layers[0].mixer.gla.gate
     with torch.no_grad():
         decay = torch.exp(F.logsigmoid(gate(torch.zeros(1, 32))) / 16)
     assert decay.mean().item() == pytest.approx(0.957603, abs=1e-6)
-    assert gate[0].weight.std() < 0.1 and gate[1].bias.abs().max() == 0
+    bounds = [2**-2.5 * (6 / (sum(part.weight.shape))) ** 0.5 for part in gate]
+    for part, bound in zip(gate, bounds):
+        assert 0.95 * bound < part.weight.abs().max() <= bound
+    assert gate[1].bias.abs().max() == 0
+
+
+def test_gate_bias_sets_how_long_a_new_layer_remembers():
+    gate = SpikeLMForCausalLM(small_config(mixers="gla", gla_gate_bias=[0.0, 3.0, 5.0])).model.layers[2].mixer.gla.gate
+    assert (gate[1].bias == 5.0).all()
 
 
 @pytest.mark.parametrize("feature_map", ["relu", "sigmoid", "softplus"])
