@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from spikelm.spiking.site import SpikeGroup, SpikeSite, spike_groups
+from spikelm.spiking.site import Site, SpikeGroup, SpikeSite, spike_groups
 
 Setting = TypeVar("Setting")
 Substitute = Callable[[Tensor], Tensor]
@@ -103,7 +103,7 @@ def substituted(model: nn.Module, make: Callable[[SpikeGroup], Substitute]) -> I
         yield
 
 
-def _show_zeros(site: SpikeSite, args: tuple, output: Tensor) -> None:
+def _show_zeros(site: Site, args: tuple, output: Tensor) -> None:
     if not site.observers:
         return
     context = args[1] if len(args) > 1 else None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from spikelm.eval.report import write_whole
 from spikelm.kernels.spike_train import expand
-from spikelm.spiking.site import SpikeGroup, SpikeSite, spike_groups
+from spikelm.spiking.site import Site, SpikeGroup, spike_groups
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
 _SITE_STYLES = {"qkv": (BLUE, "o"), "o": (ORANGE, "s"), "gate_up": (GREEN, "^"), "down": (RED, "D")}
@@ -186,7 +186,7 @@ def _counts(model: nn.Module, ids: Tensor, groups: list[SpikeGroup]) -> dict[str
     seen: dict[str, Tensor] = {}
     paths = {group.site: group.path for group in groups}
 
-    def observe(site: SpikeSite, counts: Tensor, threshold: Tensor, context: Any) -> None:
+    def observe(site: Site, counts: Tensor, threshold: Tensor, context: Any) -> None:
         seen[paths[site]] = counts[0, :, :: _step(site)][:, :_NEURONS].cpu()
 
     for group in groups:
@@ -199,7 +199,7 @@ def _counts(model: nn.Module, ids: Tensor, groups: list[SpikeGroup]) -> dict[str
     return seen
 
 
-def _step(site: SpikeSite) -> int:
+def _step(site: Site) -> int:
     return max(1, site.width // _NEURONS)
 
 

@@ -2,7 +2,8 @@
 
 Fields shared by all blocks are flat; a block's own fields carry its prefix (`attention_`, `ffn_`, `gla_`, `spike_`)
 and are checked only where that block is used. Every field of a block is one value for all layers or a list with one
-value per layer; `config.at("attention_window", 3)` reads it for a layer.
+value per layer; `config.at("attention_window", 3)` reads it for a layer. What a block asks of its fields stands in
+`spikelm.validation`.
 """
 
 from typing import Any
@@ -10,37 +11,25 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-NORMS = ("rmsnorm", "rmsnorm_1p", "layernorm", "identity")
-ROPES = ("global", "local", "none")
-SITES = ("qkv", "o", "gate_up", "down")
-CODES = ("binary", "ternary", "bitwise", "twos_complement")
-THRESHOLDS = ("token", "calibrated", "learned")
-FEATURE_MAPS = ("relu", "sigmoid", "softplus")
-FFNS = ("gated",)
-MIXERS = ("attention", "swa", "gla")
+from spikelm.validation import validate
 
 # What transformers calls a layer that holds these mixers; its vocabulary is closed.
 _LAYER_TYPES = {
     frozenset({"attention"}): "full_attention",
     frozenset({"swa"}): "sliding_attention",
-    frozenset({"gla"}): "linear_attention",
-    frozenset({"gla", "attention"}): "hybrid",
-    frozenset({"gla", "swa"}): "hybrid_sliding",
 }
+
+
+def _layer_type(mixer: str) -> str:
+    names = frozenset(mixer.split("+"))
+    if names in _LAYER_TYPES:
+        return _LAYER_TYPES[names]
+    return "hybrid" if "attention" in names else "hybrid_sliding" if "swa" in names else "linear_attention"
+
 
 # What transformers shows to somebody who loads a spikelm folder without `import spikelm`: it prints this text as the
 # place of the code that the model needs, instead of advising to update transformers.
 _WHERE_THE_CODE_IS = {"AutoConfig": "the package spikelm (run `import spikelm` first)--spikelm.SpikeLMConfig"}
-
-
-def _choice(field: str, value: Any, allowed: tuple[str, ...], where: str = "") -> None:
-    if value not in allowed:
-        raise ValueError(f"{field}{where} must be one of {', '.join(allowed)}; got {value!r}.")
-
-
-def _positive(field: str, value: Any, where: str = "") -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{field}{where} must be a positive number; got {value!r}.")
 
 
 @strict
@@ -52,12 +41,16 @@ class SpikeLMConfig(PreTrainedConfig):
             head_dim, hidden_act, max_position_embeddings, initializer_range, tie_word_embeddings: as in Llama.
             `num_key_value_heads` defaults to the query heads, `head_dim` to `hidden_size // num_attention_heads`.
         mixers: the token mixer of every layer: `attention` (full), `swa` (sliding window), `gla` (gated linear
-            attention), or two side by side as `gla+swa`. One name stands for all layers.
-        ffns: the channel mixer of every layer: `gated` (SwiGLU, GeGLU: decided by `hidden_act`).
+            attention), `retention`, `hgrn`, `mingru`, or two side by side as `gla+swa`. One name stands for all
+            layers.
+        ffns: the channel mixer of every layer: `gated` (SwiGLU, GeGLU: decided by `hidden_act`), `rwkv` and
+            `rwkv7` (squared ReLU behind a token shift), `none`.
         pre_norm, post_norm: norm before and after mixer and ffn (`rmsnorm`, `rmsnorm_1p` with weight 1 + w,
             `layernorm`, `identity`); per layer if a list. `final_norm`: before the head.
         norm_eps: epsilon of all norms. residual: whether a block adds to its input.
-        embedding_scale: factor on the token embeddings. logit_softcap: `c * tanh(logits / c)` if given.
+        residual_dropout: on the residual stream, behind every layer, in training.
+        embedding_scale: factor on the token embeddings. embedding_norm: norm of the embeddings. binary_embedding:
+            embeddings become 0 or 1 by their sign (SpikeGPT). logit_softcap: `c * tanh(logits / c)` if given.
         rope_parameters: the "global" RoPE, in transformers' form; `local_rope_parameters`: a second one.
         attention_rope: which RoPE the softmax branch of a layer uses: `global`, `local`, `none`.
         attention_window: width w of `swa`: a query sees w keys, itself included.
@@ -69,12 +62,14 @@ class SpikeLMConfig(PreTrainedConfig):
         attention_scale: factor on q k^T, default `head_dim ** -0.5`. attention_softcap: cap on the scores.
         parallel_shared_projections: whether `a+b` layers share one set of q, k, v, o projections.
         ffn_bias: biases of the gated ffn.
+        event_threshold: initial threshold of the events of `hgrn` and `mingru`; learned per channel.
         gla_feature_map: `relu`, `sigmoid` or `softplus` on q and k.
         gla_gate: `low_rank` (learned, log-sigmoid) or `tied` (decay 1 - k; needs the sigmoid map).
         gla_gate_rank, gla_gate_normalizer, gla_gate_bias: rank of the gate, divisor of its log-decay, initial bias
             of its logit (0 as published: a half-life of 16 tokens).
-        spike_sites: which activations are spike-coded: any of `qkv`, `o`, `gate_up`, `down`; one list for all layers
-            or a list of lists.
+        spike_sites: which activations are spike-coded: any of `qkv`, `o`, `gate_up`, `down` (in front of the linears
+            that read them), `mixer_out`, `ffn_out` (what a block adds to the stream); one list for all layers or a
+            list of lists.
         spike_k: counts per mean magnitude: threshold V = mean|x| / k (SpikingBrain, section 2.1: k = 3).
         spike_dead_zone: |x| below this share of the mean magnitude is silent.
         spike_dead_zone_per_channel: whether a site holds one dead zone for each channel or one for all.
@@ -82,7 +77,12 @@ class SpikeLMConfig(PreTrainedConfig):
             `learned` (the same, trained).
         spike_magnitude: initial mean magnitude for `calibrated` and `learned`, in units of the activation.
         spike_code: how counts become trains: `binary`, `ternary`, `bitwise`, `twos_complement`.
-        spike_max_count: counts are clipped to this magnitude; None: never.
+        spike_max_count: counts are clipped to this magnitude; None: never. 1 makes the code binary or ternary.
+        spike_neuron: `none` (sites code each token by itself), or neurons with a membrane: `lif`, `plif`,
+            `astrocyte`, `dsn`, see `spikelm.spiking.neurons`.
+        neuron_decay, neuron_threshold, neuron_reset, neuron_detach_reset, neuron_surrogate, neuron_width, neuron_gain,
+            neuron_temporal_grad, neuron_grad_window: as in `spikelm.kernels.lif.lif`; for `plif` and `dsn` the decay
+            (and threshold of plif) is where learning starts. The defaults are SpikeGPT's unit.
 
     Raises:
         ValueError: a field out of its range, with what was expected.
@@ -127,7 +127,10 @@ class SpikeLMConfig(PreTrainedConfig):
     final_norm: str = "rmsnorm"
     norm_eps: float | int = 1e-6
     residual: bool | list[bool] = True
+    residual_dropout: float | int = 0.0
     embedding_scale: float | int = 1.0
+    embedding_norm: str = "identity"
+    binary_embedding: bool = False
     logit_softcap: float | int | None = None
 
     rope_parameters: dict | None = None
@@ -146,6 +149,8 @@ class SpikeLMConfig(PreTrainedConfig):
 
     ffn_bias: bool | list[bool] = False
 
+    event_threshold: float | int | list[float | int] = 0.0
+
     gla_feature_map: str | list[str] = "relu"
     gla_gate: str | list[str] = "low_rank"
     gla_gate_rank: int | list[int] = 16
@@ -160,6 +165,16 @@ class SpikeLMConfig(PreTrainedConfig):
     spike_magnitude: float | int = 1.0
     spike_code: str = "bitwise"
     spike_max_count: int | None = None
+    spike_neuron: str | list[str] = "none"
+    neuron_decay: float | int = 0.5
+    neuron_threshold: float | int = 1.0
+    neuron_reset: str = "hard"
+    neuron_detach_reset: bool = False
+    neuron_surrogate: str = "atan"
+    neuron_width: float | int = 1.0
+    neuron_gain: str = "euler"
+    neuron_temporal_grad: str = "full"
+    neuron_grad_window: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
@@ -173,8 +188,7 @@ class SpikeLMConfig(PreTrainedConfig):
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
         self.auto_map = dict(_WHERE_THE_CODE_IS)
-        # Unknown names are left for `validate_architecture`, which can say what is known.
-        self.layer_types = [_LAYER_TYPES.get(frozenset(mixer.split("+")), "full_attention") for mixer in self.mixers]
+        self.layer_types = [_layer_type(mixer) for mixer in self.mixers]
         super().__post_init__(**kwargs)
 
     @property
@@ -208,81 +222,4 @@ class SpikeLMConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Check what one field's type cannot: sizes against each other, names, lengths of per-layer lists."""
-        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
-            _positive(field, getattr(self, field))
-        _positive("num_key_value_heads", self.num_key_value_heads)
-        heads, shared, _ = self.head_shape
-        if heads % shared:
-            raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({shared}).")
-        for field in _PER_LAYER:
-            value = getattr(self, field)
-            if isinstance(value, list) and len(value) != self.num_hidden_layers:
-                raise ValueError(
-                    f"{field} has {len(value)} entries for {self.num_hidden_layers} layers; give one value or one "
-                    "per layer."
-                )
-        _choice("final_norm", self.final_norm, NORMS)
-        for i in range(self.num_hidden_layers):
-            self._validate_layer(i, f" of layer {i}")
-        self._validate_spikes()
-
-    def _validate_layer(self, i: int, where: str) -> None:
-        mixers = self.mixers[i].split("+")
-        for name in mixers:
-            _choice("mixers", name, MIXERS, where)
-        if len(mixers) > 2 or len(set(mixers)) != len(mixers):
-            raise ValueError(f"mixers{where} must name one mixer or two different ones; got {self.mixers[i]!r}.")
-        if frozenset(mixers) not in _LAYER_TYPES:
-            raise ValueError(f"mixers{where}: {self.mixers[i]!r} cannot stand side by side; use e.g. 'gla+swa'.")
-        _choice("ffns", self.ffns[i], FFNS, where)
-        _choice("pre_norm", self.at("pre_norm", i), NORMS, where)
-        _choice("post_norm", self.at("post_norm", i), NORMS, where)
-        _choice("attention_qk_norm", self.at("attention_qk_norm", i), ("none", "head", "full"), where)
-        _positive("intermediate_size", self.at("intermediate_size", i), where)
-        if {"attention", "swa"} & set(mixers):
-            rope = self.at("attention_rope", i)
-            _choice("attention_rope", rope, ROPES, where)
-            if rope == "local" and not self.local_rope_parameters:
-                raise ValueError(f"attention_rope{where} is 'local', but local_rope_parameters is not given.")
-        if "swa" in mixers:
-            window = self.at("attention_window", i)
-            if not isinstance(window, int) or window < 1:
-                raise ValueError(f"attention_window{where} must be at least 1 for 'swa'; got {window!r}.")
-            if self.at("attention_sinks", i) < 0:
-                raise ValueError(f"attention_sinks{where} must not be negative.")
-        if "gla" in mixers:
-            _choice("gla_feature_map", self.at("gla_feature_map", i), FEATURE_MAPS, where)
-            _choice("gla_gate", self.at("gla_gate", i), ("low_rank", "tied"), where)
-            _positive("gla_gate_normalizer", self.gla_gate_normalizer)
-            if self.at("gla_gate", i) == "tied" and self.at("gla_feature_map", i) != "sigmoid":
-                raise ValueError(
-                    f"gla_gate{where} is 'tied' (decay 1 - k), which needs k in (0, 1): set gla_feature_map to "
-                    f"'sigmoid'; got {self.at('gla_feature_map', i)!r}."
-                )
-
-    def _validate_spikes(self) -> None:
-        sites = self.spike_sites or []
-        nested = [isinstance(s, list) for s in sites]
-        if any(nested) and (not all(nested) or len(sites) != self.num_hidden_layers):
-            raise ValueError(
-                "spike_sites must be one list of sites, or one list per layer "
-                f"({self.num_hidden_layers} lists); got {len(sites)} entries."
-            )
-        for i in range(self.num_hidden_layers):
-            for site in self.sites_at(i):
-                _choice("spike_sites", site, SITES, f" of layer {i}")
-            _positive("spike_k", self.at("spike_k", i), f" of layer {i}")
-            if self.at("spike_dead_zone", i) < 0:
-                raise ValueError(f"spike_dead_zone of layer {i} must not be negative.")
-        _choice("spike_threshold", self.spike_threshold, THRESHOLDS)
-        _choice("spike_code", self.spike_code, CODES)
-        _positive("spike_magnitude", self.spike_magnitude)
-        if self.spike_max_count is not None:
-            _positive("spike_max_count", self.spike_max_count)
-
-
-_PER_LAYER = (
-    "intermediate_size", "mixers", "ffns", "pre_norm", "post_norm", "residual", "attention_rope", "attention_window",
-    "attention_sinks", "attention_bias", "attention_output_bias", "attention_qk_norm", "parallel_shared_projections",
-    "ffn_bias", "gla_feature_map", "gla_gate", "gla_gate_rank", "gla_gate_bias", "spike_k", "spike_dead_zone",
-)  # fmt: skip
+        validate(self)

@@ -1,13 +1,15 @@
 """One decoder for every block: embeddings, layers of (mixer, ffn), a final norm, a head.
 
-    x = x + post(mixer(pre(x)));  x = x + post(ffn(pre(x)))
+    x = x + out(post(mixer(pre(x))));  x = x + out(post(ffn(pre(x))))
 
-Which mixer, which ffn, which norms, residual or not: the configuration says so for each layer.
+Which mixer, which ffn (or none), which norms, residual or not, spikes at the output or not: the configuration says so
+for each layer.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -29,11 +31,19 @@ from spikelm.initial import fill
 from spikelm.mixers import make_mixer
 from spikelm.mixers.attention import SoftmaxCore
 from spikelm.norms import make_norm
+from spikelm.precision import KeepsDtype
 from spikelm.rotary import RotaryEmbedding, make_rotaries
+from spikelm.spiking.neurons import fire
+from spikelm.spiking.site import NoSite, make_site
 
 
 class SpikeLMDecoderLayer(GradientCheckpointingLayer):
-    """One mixer and one ffn, each between its norms: `[B, T, hidden]` -> `[B, T, hidden]`."""
+    """One mixer and one ffn, each between its norms: `[B, T, hidden]` -> `[B, T, hidden]`.
+
+    Sites `mixer_out` and `ffn_out` code what mixer and ffn add to the residual stream (SpikeGPT's placement).
+    """
+
+    site_readers = {"mixer_out_site": (), "ffn_out_site": ()}
 
     def __init__(self, config: SpikeLMConfig, layer_idx: int):
         super().__init__()
@@ -42,10 +52,15 @@ class SpikeLMDecoderLayer(GradientCheckpointingLayer):
             return make_norm(config.at(field, layer_idx), config.hidden_size, config.norm_eps)
 
         self.residual = config.at("residual", layer_idx)
+        self.dropout = config.residual_dropout
         self.mixer_norm, self.mixer_post_norm = norm("pre_norm"), norm("post_norm")
         self.mixer = make_mixer(config, layer_idx)
-        self.ffn_norm, self.ffn_post_norm = norm("pre_norm"), norm("post_norm")
-        self.ffn = FFNS[config.ffns[layer_idx]](config, layer_idx)
+        self.mixer_out_site = make_site(config, layer_idx, "mixer_out", config.hidden_size)
+        self.ffn: nn.Module | None = None
+        if config.ffns[layer_idx] != "none":
+            self.ffn_norm, self.ffn_post_norm = norm("pre_norm"), norm("post_norm")
+            self.ffn = FFNS[config.ffns[layer_idx]](config, layer_idx)
+        self.ffn_out_site = make_site(config, layer_idx, "ffn_out", config.hidden_size) if self.ffn else NoSite()
         for name, module in self.named_modules():
             if isinstance(module, Stateful):
                 module.state_path = name
@@ -53,9 +68,16 @@ class SpikeLMDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: Tensor, context: ForwardContext) -> Tensor:
         """Mix tokens, then channels."""
         mixed = self.mixer_post_norm(self.mixer(self.mixer_norm(hidden_states), context))
+        mixed = self.mixer_out_site(mixed, context)
         x = hidden_states + mixed if self.residual else mixed
+        if self.ffn is None:
+            return self._dropped(x)
         fed = self.ffn_post_norm(self.ffn(self.ffn_norm(x), context))
-        return x + fed if self.residual else fed
+        fed = self.ffn_out_site(fed, context)
+        return self._dropped(x + fed if self.residual else fed)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
 class SpikeLMPreTrainedModel(PreTrainedModel):
@@ -66,13 +88,18 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SpikeLMDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = {"qkv_site", "o_site", "gate_up_site", "down_site"}
     _supports_sdpa = True
     _is_stateful = True
     _can_record_outputs = {
         "hidden_states": SpikeLMDecoderLayer,
         "attentions": OutputRecorder(SoftmaxCore, index=1),
     }
+
+    def post_init(self) -> None:
+        """Called at the end of every constructor: what holds its own precision is loaded in it."""
+        keeping = (path for path, module in self.named_modules() if isinstance(module, KeepsDtype))
+        self._keep_in_fp32_modules_strict = {path.rpartition(".")[2] for path in keeping}
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -97,6 +124,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embedding_norm = make_norm(config.embedding_norm, config.hidden_size, config.norm_eps)
         self.layers = nn.ModuleList(SpikeLMDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config.final_norm, config.hidden_size, config.norm_eps)
         self.rotary = nn.ModuleDict(make_rotaries(config))
@@ -139,6 +167,9 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
         if use_cache and self.gradient_checkpointing and self.training:
             use_cache = False
+        if self.config.binary_embedding:
+            x = fire(x)
+        x = self.embedding_norm(x)
         check_padding(attention_mask, x.shape[0], x.shape[1])
         cache = _checked_cache(cache, past_key_values)
         if cache is None and use_cache:

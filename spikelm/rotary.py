@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from spikelm.precision import KeepsDtype
+from spikelm.validation import ROTATED
 
 if TYPE_CHECKING:
     from spikelm.configuration import SpikeLMConfig
@@ -43,6 +44,7 @@ class RotaryEmbedding(KeepsDtype, LlamaRotaryEmbedding):
 
 def make_rotaries(config: "SpikeLMConfig") -> dict[str, RotaryEmbedding]:
     """The rotary tables that some layer uses, by name."""
-    used = {config.at("attention_rope", i) for i in range(config.num_hidden_layers) if config.mixers[i] != "gla"}
+    rotated = [i for i, mixer in enumerate(config.mixers) if ROTATED & set(mixer.split("+"))]
+    used = {config.at("attention_rope", i) for i in rotated}
     parameters = {"global": config.rope_parameters or {}, "local": config.local_rope_parameters or {}}
     return {name: RotaryEmbedding(config, parameters[name]) for name in sorted(used - {"none"})}

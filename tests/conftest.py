@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from small_models import PATTERNS, SITES
+from small_models import EVERY_SITE, PATTERNS
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,6 @@ def pattern(request):
     return PATTERNS[request.param]
 
 
-@pytest.fixture(params=[[], SITES], ids=["float", "spiking"])
+@pytest.fixture(params=[[], EVERY_SITE], ids=["float", "spiking"])
 def sites(request):
     return request.param

@@ -5,6 +5,7 @@ import torch
 from spikelm import SpikeLMConfig, SpikeLMForCausalLM
 
 SITES = ["qkv", "o", "gate_up", "down"]
+EVERY_SITE = [*SITES, "mixer_out", "ffn_out"]
 
 
 def small_config(**changes) -> SpikeLMConfig:
@@ -43,6 +44,27 @@ PATTERNS = {
     "gla+swa": {"mixers": "gla+swa"},
     "gla+attention": {"mixers": "gla+attention"},
     "gla+swa-apart": {"mixers": "gla+swa", "parallel_shared_projections": False},
+    "retention": {"mixers": "retention"},
+    "gla+retention": {"mixers": "gla+retention"},
+    "hgrn": {"mixers": "hgrn", "event_threshold": 0.1},
+    "mingru-no-ffn": {"mixers": "mingru", "ffns": "none", "residual": False, "pre_norm": "identity"},
+    "hgrn+swa": {"mixers": "hgrn+swa"},
+    "rwkv-ffns": {"mixers": ["gla", "swa", "attention"], "ffns": ["rwkv", "rwkv7", "gated"]},
+    # Neurons, where there are sites.
+    "lif": {"mixers": "swa", "spike_neuron": "lif", "spike_code": "ternary", "neuron_threshold": 0.4},
+    "plif": {"mixers": "gla", "spike_neuron": "plif", "spike_code": "ternary", "neuron_threshold": 0.4},
+    "astrocyte": {
+        "mixers": "hgrn",
+        "ffns": "rwkv",
+        "spike_neuron": "astrocyte",
+        "spike_code": "binary",
+        "neuron_threshold": 0.4,
+        "neuron_reset": "soft",
+        "pre_norm": "layernorm",
+        "embedding_norm": "layernorm",
+        "binary_embedding": True,
+    },
+    "dsn": {"mixers": "attention", "spike_neuron": "dsn"},
     "gemma-like": {
         "mixers": ["swa", "attention", "swa"],
         "pre_norm": "rmsnorm_1p",

@@ -4,7 +4,7 @@ import pytest
 
 from small_models import small_config
 from spikelm import SpikeLMConfig
-from spikelm.configuration import _PER_LAYER
+from spikelm.validation import PER_LAYER
 
 
 def test_layer_types_follow_the_mixers():
@@ -26,7 +26,7 @@ def test_a_field_is_one_value_or_one_per_layer():
     assert config.is_spiking and not small_config().is_spiking
 
 
-@pytest.mark.parametrize("field", _PER_LAYER)
+@pytest.mark.parametrize("field", PER_LAYER)
 def test_lists_must_cover_all_layers(field):
     value = getattr(small_config(), field)
     value = value[0] if isinstance(value, list) else value
@@ -34,10 +34,16 @@ def test_lists_must_cover_all_layers(field):
         small_config(**{field: [value] * 2})
 
 
+PLIF = {"spike_sites": ["o"], "spike_neuron": "plif", "spike_code": "binary"}
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"mixers": "mamba"}, "mixers of layer 0 must be one of attention, swa, gla; got 'mamba'"),
+        (
+            {"mixers": "mamba"},
+            "mixers of layer 0 must be one of attention, swa, gla, retention, hgrn, mingru; got 'mamba'",
+        ),
         ({"mixers": "gla+gla"}, "two different ones"),
         ({"mixers": "attention+swa"}, "side by side"),
         ({"mixers": "swa", "attention_window": None}, "attention_window of layer 0 must be at least 1"),
@@ -46,12 +52,20 @@ def test_lists_must_cover_all_layers(field):
         ({"pre_norm": "batchnorm"}, "pre_norm of layer 0 must be one of"),
         ({"attention_rope": "local"}, "local_rope_parameters is not given"),
         ({"mixers": "gla", "gla_gate": "tied"}, "set gla_feature_map to 'sigmoid'"),
-        ({"spike_sites": ["qkv", "v"]}, "spike_sites of layer 0 must be one of qkv, o, gate_up, down; got 'v'"),
+        (
+            {"spike_sites": ["qkv", "v"]},
+            "spike_sites of layer 0 must be one of qkv, o, gate_up, down, mixer_out, ffn_out; got 'v'",
+        ),
         ({"spike_sites": [["qkv"], ["o"]]}, "one list per layer"),
         ({"spike_sites": ["qkv"], "spike_k": 0}, "spike_k of layer 0 must be a positive number"),
         ({"spike_code": "morse"}, "spike_code must be one of binary, ternary, bitwise, twos_complement"),
         ({"spike_threshold": "fixed"}, "spike_threshold must be one of token, calibrated, learned"),
         ({"hidden_size": "large"}, "hidden_size"),
+        ({"residual_dropout": 1.0}, "residual_dropout must be at least 0 and below 1"),
+        ({"spike_sites": ["o"], "spike_neuron": "izhikevich"}, "spike_neuron of layer 0 must be one of none, lif"),
+        ({"spike_sites": ["o"], "spike_neuron": "lif"}, "set spike_code to 'binary' or 'ternary'"),
+        ({**PLIF, "neuron_decay": 0.0}, "for a learned decay above 0"),
+        ({**PLIF, "neuron_temporal_grad": "truncated"}, "neuron_grad_window must be given"),
     ],
 )
 def test_wrong_values_are_refused_with_a_reason(wrong, message):

@@ -107,7 +107,7 @@ def test_bfloat16_runs_and_stays_near_float32(pattern, ids):
     exact = model(ids).logits
     rounded = model.to(torch.bfloat16)(ids).logits.float()
     # The median over tokens: a head that reads almost nothing is normed up, rounding and all, so one token may be far.
-    assert ((rounded - exact).norm(dim=-1) / exact.norm(dim=-1)).median() < 0.05
+    assert ((rounded - exact).norm(dim=-1) / exact.norm(dim=-1)).median() < 0.1
 
 
 def test_activation_checkpointing_gives_the_same_gradients(pattern, sites, ids):

@@ -6,8 +6,9 @@ from typing import Any, TypeGuard
 
 from huggingface_hub.errors import StrictDataclassError
 
-from spikelm.configuration import CODES, MIXERS, SITES, THRESHOLDS, SpikeLMConfig
+from spikelm.configuration import SpikeLMConfig
 from spikelm.conversion.checkpoints import reason
+from spikelm.validation import CODES, READ_SITES, THRESHOLDS
 
 ALLOCATIONS = ("gradient", "uniform")
 DEFAULT_WINDOW = 4096
@@ -69,9 +70,10 @@ class ConversionPlan:
     def _check_spikes(self) -> None:
         if self.sites not in ("all", "none"):
             chosen = [self.sites] if isinstance(self.sites, str) else list(self.sites)
-            if unknown := [site for site in chosen if site not in SITES]:
+            if unknown := [site for site in chosen if site not in READ_SITES]:
                 raise ValueError(
-                    f"sites must be 'all', 'none' or a list of {', '.join(SITES)}; got {', '.join(map(str, unknown))}."
+                    f"sites must be 'all', 'none' or a list of {', '.join(READ_SITES)}; got "
+                    f"{', '.join(map(str, unknown))}."
                 )
         if self.code == "binary":
             raise ValueError(
@@ -108,9 +110,9 @@ class ConversionPlan:
     def site_names(self) -> list[str]:
         """The sites as a list, in the order of the computation."""
         if isinstance(self.sites, str) and self.sites in ("all", "none"):
-            return list(SITES) if self.sites == "all" else []
+            return list(READ_SITES) if self.sites == "all" else []
         chosen = [self.sites] if isinstance(self.sites, str) else self.sites
-        return [site for site in SITES if site in chosen]
+        return [site for site in READ_SITES if site in chosen]
 
     @property
     def needs_text(self) -> bool:
@@ -210,6 +212,7 @@ class ConversionPlan:
         return asdict(self)
 
 
+TARGETS = ("attention", "swa", "gla")  # mixers that a layer of a source can become
 _PER = {"token": "token", "calibrated": "layer and site, calibrated", "learned": "layer and site, learned"}
 
 
@@ -224,8 +227,8 @@ def _one_of(field: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def _mixer(field: str, name: Any, *others: str) -> None:
     parts = str(name).split("+")
-    known = all(part in MIXERS for part in parts) and len(set(parts)) == len(parts) <= 2
+    known = all(part in TARGETS for part in parts) and len(set(parts)) == len(parts) <= 2
     pair = len(parts) == 1 or "gla" in parts
     if name not in others and not (known and pair):
-        allowed = (*others, *MIXERS, "gla+swa", "gla+attention")
+        allowed = (*others, *TARGETS, "gla+swa", "gla+attention")
         raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {name!r}.")

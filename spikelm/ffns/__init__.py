@@ -1,5 +1,6 @@
 """Channel mixers by name. A new one is a file, a line here, and a test file."""
 
 from spikelm.ffns.gated import GatedFFN
+from spikelm.ffns.rwkv import RWKV7FFN, RWKVFFN
 
-FFNS = {"gated": GatedFFN}
+FFNS = {"gated": GatedFFN, "rwkv": RWKVFFN, "rwkv7": RWKV7FFN}

@@ -7,22 +7,34 @@ from torch import nn
 from spikelm.mixers.attention import SoftmaxCore
 from spikelm.mixers.gla import GatedLinearCore
 from spikelm.mixers.heads import HeadMixer, ParallelMixer
+from spikelm.mixers.retention import RetentionCore
+from spikelm.mixers.scans import HGRN, MinGRU
 
 if TYPE_CHECKING:
     from spikelm.configuration import SpikeLMConfig
 
+# Mixers of heads, between q, k, v and o projections that two of them may share.
 CORES = {
     "attention": lambda config, layer_idx: SoftmaxCore(config, layer_idx, windowed=False),
     "swa": lambda config, layer_idx: SoftmaxCore(config, layer_idx, windowed=True),
     "gla": GatedLinearCore,
+    "retention": RetentionCore,
 }
+# Mixers with projections of their own kind.
+MIXERS = {"hgrn": HGRN, "mingru": MinGRU}
 
 
 def make_mixer(config: "SpikeLMConfig", layer_idx: int) -> nn.Module:
     """The token mixer that `config.mixers` names for a layer; `a+b` puts two side by side."""
     names = config.mixers[layer_idx].split("+")
-    cores = {name: CORES[name](config, layer_idx) for name in names}
-    if len(cores) == 1 or config.at("parallel_shared_projections", layer_idx):
-        return HeadMixer(config, layer_idx, cores)
-    branches = {name: HeadMixer(config, layer_idx, {name: core}) for name, core in cores.items()}
-    return ParallelMixer(config, layer_idx, branches)
+    shared = config.at("parallel_shared_projections", layer_idx)
+    if len(names) > 1 and shared and all(name in CORES for name in names):
+        return HeadMixer(config, layer_idx, {name: CORES[name](config, layer_idx) for name in names})
+    branches = {name: _make_one(config, layer_idx, name) for name in names}
+    return branches[names[0]] if len(names) == 1 else ParallelMixer(config, layer_idx, branches)
+
+
+def _make_one(config: "SpikeLMConfig", layer_idx: int, name: str) -> nn.Module:
+    if name in CORES:
+        return HeadMixer(config, layer_idx, {name: CORES[name](config, layer_idx)})
+    return MIXERS[name](config, layer_idx)

@@ -29,6 +29,7 @@ class SoftmaxCore(Stateful, nn.Module):
     """
 
     normalises = False  # its output has no norm of its own
+    input_readers = ()
     is_causal = True
 
     def __init__(self, config: "SpikeLMConfig", layer_idx: int, windowed: bool):

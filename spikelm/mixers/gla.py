@@ -36,10 +36,13 @@ class GatedLinearCore(Stateful, nn.Module):
     def __init__(self, config: "SpikeLMConfig", layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        _, self.heads, self.head_dim = config.head_shape
+        queries, self.heads, self.head_dim = config.head_shape
+        # Multiply-adds of a token: decay and update of a state per key-value head, one read per query head.
+        self.state_macs = (2 * self.heads + queries) * self.head_dim**2
         self.feature_map = _FEATURE_MAPS[config.at("gla_feature_map", layer_idx)]
         self.normalizer = config.gla_gate_normalizer
         self.tied = config.at("gla_gate", layer_idx) == "tied"
+        self.input_readers = () if self.tied else ("gate.0",)
         if not self.tied:
             rank, width = config.at("gla_gate_rank", layer_idx), self.heads * self.head_dim
             self.gate = LowRankGate(config.hidden_size, rank, width, config.at("gla_gate_bias", layer_idx))

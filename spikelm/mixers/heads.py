@@ -2,9 +2,10 @@
 
     x -> [qkv site] -> q, k, v -> core(s) -> heads -> [o site] -> o
 
-A core (`SoftmaxCore`, `GatedLinearCore`) sees q `[B, T, H, D]`, k and v `[B, T, Hkv, D]` before any rotation and
-returns heads `[B, T, H, D]`. Two cores side by side share the projections; each has its own output norm, and the
-normed heads are added (SpikingBrain-76B, section 1.3).
+A core (`SoftmaxCore`, `GatedLinearCore`, ...) sees q `[B, T, H, D]`, k and v `[B, T, Hkv, D]` before any rotation and
+returns heads `[B, T, H, D]`. It says whether its output is normed already (`normalises`) and which linears of its own
+read the layer's input (`input_readers`). Two cores side by side share the projections; each has its own output norm,
+and the normed heads are added (SpikingBrain-76B, section 1.3).
 """
 
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ class HeadMixer(nn.Module):
             )
         self.o_site = make_site(config, layer_idx, "o", query)
         self.o_proj = nn.Linear(query, config.hidden_size, bias=config.at("attention_output_bias", layer_idx))
-        gates = tuple(f"{name}.gate.0" for name, core in cores.items() if hasattr(core, "gate"))
+        gates = [f"{name}.{reader}" for name, core in cores.items() for reader in core.input_readers]
         self.site_readers = {"qkv_site": ("q_proj", "k_proj", "v_proj", *gates), "o_site": ("o_proj",)}
 
     def forward(self, x: Tensor, context: "ForwardContext") -> Tensor:
@@ -85,20 +86,23 @@ class HeadMixer(nn.Module):
 class ParallelMixer(nn.Module):
     """Two whole mixers side by side, each with its own projections and its own output norm; the sum goes on.
 
-    The input is spike-coded once for both.
+    The input is spike-coded once for both, unless one of them codes something else (RWKV: shifted inputs).
     """
 
-    def __init__(self, config: "SpikeLMConfig", layer_idx: int, branches: dict[str, HeadMixer]):
+    def __init__(self, config: "SpikeLMConfig", layer_idx: int, branches: dict[str, nn.Module]):
         super().__init__()
         self.branches = nn.ModuleDict(branches)
         self.norms = nn.ModuleDict(
             {name: make_norm("rmsnorm", config.hidden_size, config.norm_eps) for name in branches}
         )
-        self.qkv_site = make_site(config, layer_idx, "qkv", config.hidden_size)
+        self.qkv_site: nn.Module = NoSite()
         readers: list[str] = []
-        for name, branch in branches.items():
-            readers += [f"branches.{name}.{reader}" for reader in branch.site_readers.pop("qkv_site")]
-            branch.qkv_site = NoSite()  # coded once, by the parent
+        if all("qkv_site" in branch.site_readers for branch in branches.values()):
+            self.qkv_site = make_site(config, layer_idx, "qkv", config.hidden_size)
+            for name, branch in branches.items():
+                own = dict(branch.site_readers)
+                readers += [f"branches.{name}.{reader}" for reader in own.pop("qkv_site")]
+                branch.site_readers, branch.qkv_site = own, NoSite()  # coded once, here
         self.site_readers = {"qkv_site": tuple(readers)}
 
     def forward(self, x: Tensor, context: "ForwardContext") -> Tensor:

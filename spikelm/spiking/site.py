@@ -1,4 +1,6 @@
-"""Spike sites: one activation, coded once, in front of the plain linears that read it.
+"""Spike sites: one activation, coded once, in front of the plain linears that read it or at the output of a block.
+
+A site holds a code (this file) or a neuron with a membrane (`spikelm.spiking.neurons`). The code:
 
     m   = mean(|x|) over the channels of a token, or a stored mean           (adaptive threshold, SpikingBrain 2.1)
     V   = m / k
@@ -24,23 +26,40 @@ if TYPE_CHECKING:
     from spikelm.configuration import SpikeLMConfig
     from spikelm.context import ForwardContext
 
-Observer = Callable[["SpikeSite", Tensor, Tensor, "ForwardContext | None"], None]
+Observer = Callable[["Site", Tensor, Tensor, "ForwardContext | None"], None]
 
 
-class SpikeSite(KeepsDtype):
+class Site(KeepsDtype):
+    """What all sites share: where they stand, and who watches them.
+
+    Attributes:
+        layer_idx, name: where the site stands. width: channels of what it codes.
+        observers: called with (site, counts, threshold, context) at every pass; see `SpikeStatistics`.
+        substitute: if set, called instead of the code: x -> what the linears read; for controls.
+    """
+
+    def __init__(self, layer_idx: int, name: str, width: int):
+        super().__init__()
+        self.layer_idx, self.name, self.width = layer_idx, name, width
+        self.observers: list[Observer] = []
+        self.substitute: Callable[[Tensor], Tensor] | None = None
+
+    def _show(self, counts: Tensor, threshold: Tensor, context: "ForwardContext | None") -> None:
+        for observer in self.observers:
+            observer(self, counts, threshold, context)
+
+
+class SpikeSite(Site):
     """Codes `[..., width]` into integer counts and a threshold, and hands on their product.
 
     Attributes:
         k: `[1]`, counts per mean magnitude.
         dead_zone: `[1]` or `[width]`, in units of the mean magnitude.
         magnitude: `[1]`, the stored mean magnitude in units of x; only if `spike_threshold` is not "token".
-        observers: called with (site, counts, threshold, context) at every pass; see `SpikeStatistics`.
-        substitute: if set, called instead of the code: x -> what the linears read; for controls.
     """
 
     def __init__(self, config: "SpikeLMConfig", layer_idx: int, name: str, width: int):
-        super().__init__()
-        self.layer_idx, self.name, self.width = layer_idx, name, width
+        super().__init__(layer_idx, name, width)
         self.max_count = config.spike_max_count
         self.rectify = config.spike_code == "binary"
         self.initial = {
@@ -59,8 +78,6 @@ class SpikeSite(KeepsDtype):
         else:
             stored = config.spike_threshold == "calibrated"
             self.register_buffer("magnitude", torch.empty(1, dtype=torch.float32) if stored else None)
-        self.observers: list[Observer] = []
-        self.substitute: Callable[[Tensor], Tensor] | None = None
         fill(self)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,10 +103,6 @@ class SpikeSite(KeepsDtype):
         self._show(counts, threshold, context)
         return (counts * threshold).to(x.dtype)
 
-    def _show(self, counts: Tensor, threshold: Tensor, context: "ForwardContext | None") -> None:
-        for observer in self.observers:
-            observer(self, counts, threshold, context)
-
     def _learns(self) -> bool:
         return self.magnitude is not None and self.magnitude.requires_grad
 
@@ -108,10 +121,15 @@ class NoSite(nn.Module):
 
 
 def make_site(config: "SpikeLMConfig", layer_idx: int, name: str, width: int) -> nn.Module:
-    """The site `name` of a layer: a `SpikeSite` if the configuration lists it, else a `NoSite`."""
-    if name in config.sites_at(layer_idx):
+    """The site `name` of a layer: a code or a neuron if the configuration lists it, else a `NoSite`."""
+    if name not in config.sites_at(layer_idx):
+        return NoSite()
+    neuron = config.at("spike_neuron", layer_idx)
+    if neuron == "none":
         return SpikeSite(config, layer_idx, name, width)
-    return NoSite()
+    from spikelm.spiking.neurons import NEURONS  # a neuron is a site with a membrane
+
+    return NEURONS[neuron](config, layer_idx, name, width)
 
 
 @dataclass(frozen=True)
@@ -121,11 +139,11 @@ class SpikeGroup:
     Attributes:
         path: the site's full name in the model, e.g. `model.layers.0.mixer.qkv_site`.
         site: the site. layer_idx, name: where it stands and what it codes.
-        readers: name -> linear, in the order of the computation.
+        readers: name -> linear, in the order of the computation; none at the output of a block.
     """
 
     path: str
-    site: SpikeSite
+    site: Site
     readers: dict[str, nn.Linear]
 
     @property
@@ -135,7 +153,7 @@ class SpikeGroup:
 
     @property
     def name(self) -> str:
-        """`qkv`, `o`, `gate_up` or `down`."""
+        """A name of `configuration.SITES`."""
         return self.site.name
 
     @property
@@ -153,6 +171,6 @@ def spike_groups(model: nn.Module) -> Iterator[SpikeGroup]:
     for path, module in model.named_modules():
         for site_name, readers in getattr(module, "site_readers", {}).items():
             site = getattr(module, site_name)
-            if isinstance(site, SpikeSite):
+            if isinstance(site, Site):
                 linears = {name: module.get_submodule(name) for name in readers}
                 yield SpikeGroup(f"{path}.{site_name}", site, linears)  # type: ignore[arg-type]

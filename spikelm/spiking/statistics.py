@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from spikelm.kernels.spike_train import bit_spikes
 from spikelm.mixers.attention import SoftmaxCore
-from spikelm.mixers.gla import GatedLinearCore
-from spikelm.spiking.site import SpikeGroup, SpikeSite, spike_groups
+from spikelm.spiking.site import Site, SpikeGroup, spike_groups
 
 if TYPE_CHECKING:
     from spikelm.context import ForwardContext
@@ -49,7 +48,7 @@ class SpikeStatistics:
         self.groups = list(spike_groups(model))
         if not self.groups:
             raise ValueError("The model has no spike sites, so there are no spikes to count; convert it with sites.")
-        self._sums: dict[SpikeSite, dict[str, Tensor]] = {}
+        self._sums: dict[Site, dict[str, Tensor]] = {}
         self._attended: list[Tensor] = []
         self._hooks: list[Any] = []
 
@@ -71,7 +70,7 @@ class SpikeStatistics:
         self._hooks.clear()
 
     @torch.no_grad()
-    def _count(self, site: SpikeSite, counts: Tensor, threshold: Tensor, context: "ForwardContext | None") -> None:
+    def _count(self, site: Site, counts: Tensor, threshold: Tensor, context: "ForwardContext | None") -> None:
         rows = counts.flatten(0, -2)
         if context is not None and context.valid is not None:
             rows = rows[context.valid.flatten()]
@@ -148,7 +147,8 @@ class SpikeStatistics:
 
         def mean(value: Any, weight: str) -> float:
             weights = [row["tokens"] * row["width"] * (row["fan_out"] if weight == "reads" else 1) for row in rows]
-            return sum(value(row) * w for row, w in zip(rows, weights)) / sum(weights)
+            total = sum(weights)  # no reads where spikes leave a block and no linear reads them: then none is saved
+            return sum(value(row) * w for row, w in zip(rows, weights)) / total if total else 0.0
 
         reads = sum(row["width"] * row["fan_out"] for row in rows)
         silent_reads = mean(lambda row: row["silent_share"], "reads")
@@ -178,14 +178,11 @@ class SpikeStatistics:
         linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
         head = sum(m.weight.numel() for name, m in linears.items() if name == "lm_head")
         floats = sum(m.weight.numel() for n, m in linears.items() if n != "lm_head" and id(m) not in spiking)
-        cores = [m for m in self.model.modules() if isinstance(m, GatedLinearCore)]
-        queries = getattr(self.model.config, "num_attention_heads", 0)
         return {
             "head": head,
             "float_fed_linears": floats,
             "attention": float(sum(t.cpu() for t in self._attended)) / tokens if self._attended else 0.0,
-            # State decay and update per key-value head, one read per query head.
-            "linear_attention": float(sum((2 * c.heads + queries) * c.head_dim**2 for c in cores)),
+            "linear_attention": float(sum(getattr(m, "state_macs", 0) for m in self.model.modules())),
             "norms": 2.0 * sum(m.weight.numel() for m in self.model.modules() if type(m).__name__.endswith("Norm")),
         }
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikelm.kernels.spike_train import expand, slot_weights, slots_needed
-from spikelm.spiking.site import SpikeGroup, SpikeSite, spike_groups
+from spikelm.spiking.site import Site, SpikeGroup, spike_groups
 
 if TYPE_CHECKING:
     from spikelm.context import ForwardContext
@@ -49,7 +49,7 @@ def execute_trains(model: nn.Module, code: str | None = None, slots: int | None 
 def _group_on_trains(group: SpikeGroup, code: str, slots: int | None) -> Iterator[None]:
     latest: dict[str, Tensor] = {}
 
-    def capture(site: SpikeSite, counts: Tensor, threshold: Tensor, context: "ForwardContext | None") -> None:
+    def capture(site: Site, counts: Tensor, threshold: Tensor, context: "ForwardContext | None") -> None:
         latest["trains"] = expand(counts, code, slots or slots_needed(counts, code))
         latest["threshold"] = threshold
 
