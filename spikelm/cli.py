@@ -20,7 +20,7 @@ from spikelm.conversion.texts import evaluation_sample
 from spikelm.eval.data import Text, read_texts
 from spikelm.eval.evaluate import evaluate
 from spikelm.loading import load_model
-from spikelm.spiking import SpikeStatistics, execute_trains
+from spikelm.spiking import SpikeStatistics, execute_trains, spike_groups
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 QUICKSTART_PROMPT = "What is a spiking neural network? Answer in two sentences."
@@ -211,7 +211,7 @@ def _generate(
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("The prompt is empty; give some text with --prompt.")
-    statistics = SpikeStatistics(model) if getattr(model.config, "is_spiking", False) else None
+    statistics = SpikeStatistics(model) if next(spike_groups(model), None) else None
     running = execute_trains(model) if execute == "trains" else nullcontext()
     started = time.monotonic()
     with running, statistics or nullcontext():

@@ -21,7 +21,7 @@ from spikelm.cache import Stateful, StateSpec
 from spikelm.kernels.scan import scan, scan_step
 from spikelm.norms import make_norm
 from spikelm.spiking.events import Events
-from spikelm.spiking.site import make_site
+from spikelm.spiking.site import NoSite, make_site
 
 if TYPE_CHECKING:
     from spikelm.configuration import SpikeLMConfig
@@ -38,10 +38,12 @@ class ScanMixer(Stateful, nn.Module):
         self.layer_idx, self.hidden = layer_idx, config.hidden_size
         self.state_macs = 2 * self.hidden
         self.qkv_site = make_site(config, layer_idx, "qkv", self.hidden)
-        self.events = Events(self.hidden, config.at("event_threshold", layer_idx))
+        self.events = Events(layer_idx, self.hidden, config.at("event_threshold", layer_idx))
         self.o_site = make_site(config, layer_idx, "o", self.hidden)
         self.o_proj = nn.Linear(self.hidden, self.hidden, bias=False)
         self.site_readers = {"qkv_site": self.readers, "o_site": ("o_proj",)}
+        # What reads the events: the output projection, unless a site codes them anew.
+        self.site_readers["events"] = ("o_proj",) if isinstance(self.o_site, NoSite) else ()
 
     def state_specs(self) -> dict[str, StateSpec]:
         """One number per channel."""
@@ -84,7 +86,7 @@ class HGRN(ScanMixer):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         forget = self.lower_bound + (1 - self.lower_bound) * torch.sigmoid(self.f_proj(x).to(wide))
         h = self._scan((1 - forget) * F.silu(self.i_proj(x).to(wide)), forget, context)
-        y = self.norm(self.events(h)).to(x.dtype) * F.silu(self.g_proj(x))
+        y = self.norm(self.events(h, context)).to(x.dtype) * F.silu(self.g_proj(x))
         return self.o_proj(self.o_site(y, context))
 
 
@@ -103,4 +105,4 @@ class MinGRU(ScanMixer):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         update = torch.sigmoid(self.u_proj(x).to(wide))
         h = self._scan(update * self.z_proj(x).to(wide), 1 - update, context)
-        return self.o_proj(self.o_site(self.events(h).to(x.dtype), context))
+        return self.o_proj(self.o_site(self.events(h, context).to(x.dtype), context))

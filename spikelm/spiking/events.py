@@ -3,27 +3,34 @@
     y = c where c > threshold, else 0
 
 (EGRU, Subramoney et al. 2022, arXiv 2206.06178, without its reset.) The gradient through the comparison is a triangle
-around the threshold, of height 1 and half width 1.
+around the threshold, of height 1 and half width 1. Events are counted like the spikes of any site.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from spikelm.initial import fill
 from spikelm.kernels.lif import lif
-from spikelm.precision import KeepsDtype
+from spikelm.spiking.site import Site
+
+if TYPE_CHECKING:
+    from spikelm.context import ForwardContext
 
 
-class Events(KeepsDtype):
+class Events(Site):
     """`[B, T, width]` states -> events of the same shape; one learned threshold per channel, float32."""
 
-    def __init__(self, width: int, threshold: float):
-        super().__init__()
+    graded = True
+
+    def __init__(self, layer_idx: int, width: int, threshold: float):
+        super().__init__(layer_idx, "events", width)
         self.thresholds = nn.Parameter(torch.empty(width, dtype=torch.float32))
         self.initial = {"thresholds": float(threshold)}
         fill(self)
 
-    def forward(self, state: Tensor) -> Tensor:
+    def forward(self, state: Tensor, context: "ForwardContext | None" = None) -> Tensor:
         """Each state where it exceeds its threshold; a state at the threshold 0 is itself 0."""
         # A unit that forgets at once is the comparison alone, with its surrogate gradient.
         speaks = lif(
@@ -35,4 +42,8 @@ class Events(KeepsDtype):
             surrogate="triangle",
             temporal_grad="none",
         )[0]
+        if self.observers:
+            with torch.no_grad():
+                events = (state * speaks != 0).to(speaks.dtype)
+                self._show(events, torch.ones_like(events[..., :1]), context)
         return state * speaks

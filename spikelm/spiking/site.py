@@ -36,7 +36,12 @@ class Site(KeepsDtype):
         layer_idx, name: where the site stands. width: channels of what it codes.
         observers: called with (site, counts, threshold, context) at every pass; see `SpikeStatistics`.
         substitute: if set, called instead of the code: x -> what the linears read; for controls.
+        graded: whether spikes carry values that no train of slots holds; their counts are then 0 and 1.
+        recurrent_reads: weights of a recurrent matrix that one spike is multiplied with, beside those of readers.
     """
+
+    graded = False
+    recurrent_reads = 0
 
     def __init__(self, layer_idx: int, name: str, width: int):
         super().__init__()
@@ -159,7 +164,7 @@ class SpikeGroup:
     @property
     def fan_out(self) -> int:
         """Weights that one input channel is multiplied with."""
-        return sum(linear.out_features for linear in self.readers.values())
+        return sum(linear.out_features for linear in self.readers.values()) + self.site.recurrent_reads
 
 
 def spike_groups(model: nn.Module) -> Iterator[SpikeGroup]:

@@ -35,7 +35,7 @@ def execute_trains(model: nn.Module, code: str | None = None, slots: int | None 
     Raises:
         ValueError: the model has no spike sites; or, while running, a count does not fit the code or the slots.
     """
-    groups = list(spike_groups(model))
+    groups = [group for group in spike_groups(model) if not group.site.graded]
     if not groups:
         raise ValueError("The model has no spike sites, so there are no trains to run on; convert it with sites.")
     code = code or model.config.spike_code
