@@ -114,6 +114,9 @@ def test_ruff(arguments):
 
 def test_types():
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "spikelm", "eval", "kernels"], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-m", "mypy", "spikelm", "eval", "kernels", "recipes"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout
