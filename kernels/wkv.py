@@ -58,7 +58,7 @@ def wkv(
         k: [B, T, C], logits, finite, any floating dtype; the arithmetic is float32, or float64 if any argument is.
         v: [B, T, C], values.
         w: [C], finite logarithms of the decay of one token; RWKV-4's layer passes -exp(time_decay).
-        u: [C], logits added for the token itself; `time_first` of RWKV-4.
+        u: [C], logits added for the token itself, of a size below 80; `time_first` of RWKV-4.
         initial_state: [N, 3, C], rows p, q, o; (0, 0, EMPTY) by default.
         cu_seqlens: [N + 1] integers, bounds of N sequences packed into a batch of one, some perhaps empty; without it
             N = B. Its values are read, which waits for a GPU.

@@ -48,6 +48,7 @@ def wkv_reference(
     sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     states = empty_state(sequences, k, wide) if initial_state is None else initial_state.to(wide)
     bounds = [0, k.shape[1]] if cu_seqlens is None else sequence_bounds("wkv_reference", cu_seqlens, k.shape[1])
+    states = torch.cat([states[:, :2], states[:, 2:].detach()], 1)
     nothing = empty_state(1, k, wide)
     w, u = w.to(wide), u.to(wide)
 

@@ -23,8 +23,9 @@ from spikelm.kernels.wkv_reference import EMPTY
 CHUNK = 32
 # Bits of a token's mark.
 PADDING, RESET = 1, 2
-# How far below `top` a token's exponent may lie. Gradients grow as e^REACH and meet values of any usual size.
-REACH = {torch.float32: 60.0, torch.float64: 600.0}
+# How far below `top` a token's exponent may lie. In float32 up to here it is rounded by 1e-6 at most; sums of
+# gradients grow as e^REACH.
+REACH = {torch.float32: 32.0, torch.float64: 600.0}
 
 
 def slots(k: Tensor, state: Tensor) -> int:
@@ -243,15 +244,18 @@ class _Frame:
             if t in self.fresh:
                 steps[t].masked_fill_(self.fresh[t], 0.0)
 
-        by_decay = grads[1:] * self.states[:-1]
+        past, weights = self.states[:-1], self.terms[:, 1]
+        by_decay = grads[1:] * past
+        direct_weights = direct[:, 0] * weights * self.bonus
+        # v - y as (Z v - S) / D: where a token outweighs its past, y is v but for a rounding error.
+        by_bonus = (past[:, 1] * self.v).sub_(past[:, 0]).mul_(direct_weights).div_(denominators)
+        dv = torch.addcmul(direct_weights, weights, grads[1:, 0])
+        dk = torch.addcmul(grads[1:, 1], grads[1:, 0], self.v).mul_(weights).add_(by_bonus)
         if self.padding is not None:
             by_decay.masked_fill_(self.padding[:, None], 0.0)
-        dw = by_decay.sum((0, 1, 2)) * self.decay
-        du = (direct * self.terms).sum((0, 1, 2)) * self.bonus
-        inner = torch.addcmul(grads[1:], direct, self.bonus).mul_(self.terms[:, 1:])
-        dk = torch.addcmul(inner[:, 1], inner[:, 0], self.v)
-        if self.padding is not None:
+            by_bonus.masked_fill_(self.padding, 0.0)
             dk.masked_fill_(self.padding, 0.0)
+        dw, du = by_decay.sum((0, 1, 2)) * self.decay, by_bonus.sum((0, 1))
         scale = torch.exp(self.begin[:, 2] - self.top)[:, None]
         dbegin = torch.cat([grads[0].transpose(0, 1) * scale, torch.zeros_like(scale)], 1)
-        return dk, inner[:, 0], dw, du, dbegin.to(dend.dtype)
+        return dk, dv, dw, du, dbegin.to(dend.dtype)

@@ -1,7 +1,8 @@
 """WKV as Triton kernels: one program per sequence and tile of channels walks through time, the state in registers.
 
-The exponent of the state is held as base + age * w, where `age` counts the decays since its largest term came: adding w
-token by token would round at every token, and with a weak decay all errors have the same sign.
+An exponent is held as base + age * w: where the largest term came from, and how many decays ago. The sum is never
+taken: adding w token by token would round at every token, always to the same side, and two exponents near 60 would
+have lost what their difference needs. Differences of bases come first, then those of ages times w.
 
 The forward kernel keeps the state in front of every chunk. The backward kernel goes from chunk to chunk towards the
 past: it walks through a chunk to find the states in front of its tokens, which pass through a scratch tensor (registers
@@ -24,15 +25,19 @@ M_PADDING, M_RESET = tl.constexpr(PADDING), tl.constexpr(RESET)
 
 
 @triton.jit
-def absorb(p, q, base, age, w, exponent, to_p, to_q):
-    """The sums (p, q) e^(base + age w) after one decay, plus (to_p, to_q) e^exponent."""
-    faded = base + (age + 1.0) * w
-    top = tl.maximum(faded, exponent)
-    old = tl.exp(faded - top)
-    new = tl.exp(exponent - top)
-    larger = exponent > faded
-    base = tl.where(larger, exponent, base)
-    return old * p + new * to_p, old * q + new * to_q, base, tl.where(larger, 0.0, age + 1.0)
+def weigh(difference):
+    """Factors that bring two terms to the scale of the larger; `difference`: exponent of the second less the first's."""
+    return tl.exp(tl.minimum(-difference, 0.0)), tl.exp(tl.minimum(difference, 0.0))
+
+
+@triton.jit
+def absorb(p, q, base, age, w, new_base, new_age, to_p, to_q):
+    """The sums (p, q) e^(base + age w) after one decay, plus (to_p, to_q) e^(new_base + new_age w)."""
+    difference = (new_base - base) + (new_age - age - 1.0) * w
+    old, new = weigh(difference)
+    larger = difference > 0.0
+    base = tl.where(larger, new_base, base)
+    return old * p + new * to_p, old * q + new * to_q, base, tl.where(larger, new_age, age + 1.0)
 
 
 @triton.jit
@@ -47,6 +52,24 @@ def choose(kept, p0, q0, base0, age0, p1, q1, base1, age1):
     return tl.where(kept, p0, p1), tl.where(kept, q0, q1), tl.where(kept, base0, base1), tl.where(kept, age0, age1)
 
 
+@triton.jit
+def load_state(pointer, mask, C: tl.constexpr):
+    """Rows p, q, o of a state; o is its base."""
+    p = tl.load(pointer, mask=mask, other=0.0)
+    q = tl.load(pointer + C, mask=mask, other=0.0)
+    return p, q, tl.load(pointer + 2 * C, mask=mask, other=0.0), tl.zeros_like(p)
+
+
+@triton.jit
+def store_state(pointer, mask, p, q, base, age, w, C: tl.constexpr):
+    """Store rows p, q, o; what rounding takes from o is given to p and q."""
+    o = base + age * w
+    rest = tl.exp((base - o) + age * w)
+    tl.store(pointer, p * rest, mask=mask)
+    tl.store(pointer + C, q * rest, mask=mask)
+    tl.store(pointer + 2 * C, o, mask=mask)
+
+
 @autotune(CONFIGS, key=["C"])
 @triton.jit
 def wkv_forward_kernel(
@@ -59,20 +82,13 @@ def wkv_forward_kernel(
     m_c = o_c < C
     b_w = tl.load(w + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_u = tl.load(u + o_c, mask=m_c, other=0.0).to(tl.float32)
-    p_first = first + i_n * 3 * C + o_c
-    p = tl.load(p_first, mask=m_c, other=0.0)
-    q = tl.load(p_first + C, mask=m_c, other=0.0)
-    base = tl.load(p_first + 2 * C, mask=m_c, other=0.0)
-    age = tl.zeros((BC,), dtype=tl.float32)
+    p, q, base, age = load_state(first + i_n * 3 * C + o_c, m_c, C)
     t_0, t_end = tl.load(bounds + i_n), tl.load(bounds + i_n + 1)
-    p_save = checkpoints + (t_0 // L + i_n) * 3 * C + o_c
+    i_save = t_0 // L + i_n
     for i in range(0, (t_end - t_0).to(tl.int32)):
         if SAVE:
-            m_save = m_c & (i % L == 0)
-            tl.store(p_save, p, mask=m_save)
-            tl.store(p_save + C, q, mask=m_save)
-            tl.store(p_save + 2 * C, base + age * b_w, mask=m_save)
-            p_save += tl.where(i % L == 0, 3 * C, 0)
+            if i % L == 0:
+                store_state(checkpoints + (i_save + i // L) * 3 * C + o_c, m_c, p, q, base, age, b_w, C)
         o_tc = (t_0 + i) * C + o_c
         b_k = tl.load(k + o_tc, mask=m_c, other=0.0).to(tl.float32)
         b_v = tl.load(v + o_tc, mask=m_c, other=0.0).to(tl.float32)
@@ -80,33 +96,23 @@ def wkv_forward_kernel(
             mark = tl.load(marks + t_0 + i)
             real = (mark & M_PADDING) == 0
             p, q, base, age = clear(p, q, base, age, (mark & M_RESET) != 0)
-        exponent = base + age * b_w
-        top = tl.maximum(exponent, b_u + b_k)
-        old = tl.exp(exponent - top)
-        new = tl.exp(b_u + b_k - top)
+        old, new = weigh((b_k - base) + b_u - age * b_w)
         b_y = (old * p + new * b_v) / (old * q + new)
-        p1, q1, base1, age1 = absorb(p, q, base, age, b_w, b_k, b_v, 1.0)
+        p1, q1, base1, age1 = absorb(p, q, base, age, b_w, b_k, 0.0, b_v, 1.0)
         if MARKED:
             b_y = tl.where(real, b_y, 0.0)
             p1, q1, base1, age1 = choose(real, p1, q1, base1, age1, p, q, base, age)
         p, q, base, age = p1, q1, base1, age1
         tl.store(y + o_tc, b_y.to(y.dtype.element_ty), mask=m_c)
-    p_last = last + i_n * 3 * C + o_c
-    tl.store(p_last, p, mask=m_c)
-    tl.store(p_last + C, q, mask=m_c)
-    tl.store(p_last + 2 * C, base + age * b_w, mask=m_c)
+    store_state(last + i_n * 3 * C + o_c, m_c, p, q, base, age, b_w, C)
 
 
 @triton.jit
 def states_of_chunk(
-    k, v, marks, p_save, scratch, b_w, t_chunk, n_t, o_c, m_c,
-    C: tl.constexpr, MARKED: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Write the states in front of n_t tokens to scratch [L, 3, C], after resets, from that in front of the chunk."""
-    p = tl.load(p_save, mask=m_c, other=0.0)
-    q = tl.load(p_save + C, mask=m_c, other=0.0)
-    base = tl.load(p_save + 2 * C, mask=m_c, other=0.0)
-    age = tl.zeros((BC,), dtype=tl.float32)
+    k, v, marks, p_save, scratch, b_w, t_chunk, n_t, o_c, m_c, C: tl.constexpr, MARKED: tl.constexpr
+):
+    """Write the states in front of n_t tokens, after resets, to scratch [L, 4, C]: p, q, base, age."""
+    p, q, base, age = load_state(p_save, m_c, C)
     for i in range(0, n_t):
         o_tc = (t_chunk + i) * C + o_c
         b_k = tl.load(k + o_tc, mask=m_c, other=0.0).to(tl.float32)
@@ -114,37 +120,38 @@ def states_of_chunk(
         if MARKED:
             mark = tl.load(marks + t_chunk + i)
             p, q, base, age = clear(p, q, base, age, (mark & M_RESET) != 0)
-        p_state = scratch + i * 3 * C + o_c
+        p_state = scratch + i * 4 * C + o_c
         tl.store(p_state, p, mask=m_c)
         tl.store(p_state + C, q, mask=m_c)
-        tl.store(p_state + 2 * C, base + age * b_w, mask=m_c)
-        p1, q1, base1, age1 = absorb(p, q, base, age, b_w, b_k, b_v, 1.0)
+        tl.store(p_state + 2 * C, base, mask=m_c)
+        tl.store(p_state + 3 * C, age, mask=m_c)
+        p1, q1, base1, age1 = absorb(p, q, base, age, b_w, b_k, 0.0, b_v, 1.0)
         if MARKED:
             p1, q1, base1, age1 = choose((mark & M_PADDING) == 0, p1, q1, base1, age1, p, q, base, age)
         p, q, base, age = p1, q1, base1, age1
 
 
 @triton.jit
-def token_gradients(dy, k, v, o_tc, m_c, p, q, exponent, gp, gq, reach, b_w, b_u):
-    """Gradients of k, v, u, w at one token, and what it adds to the gradients of the state: e^-top (r, -r y).
+def token_gradients(b_g, b_k, b_v, b_w, b_u, p, q, base, age, gp, gq, g_base, g_age):
+    """Gradients of k, v, w, u at a token, then exponent and values of what it adds to the gradients of the state.
 
-    The sums in front of the token are (p, q) e^exponent, the gradients of those behind it (gp, gq) e^reach.
+    (p, q) e^(base + age w) are the sums in front of the token, (gp, gq) e^(g_base + g_age w) the gradients behind it.
     """
-    b_k = tl.load(k + o_tc, mask=m_c, other=0.0).to(tl.float32)
-    b_v = tl.load(v + o_tc, mask=m_c, other=0.0).to(tl.float32)
-    b_g = tl.load(dy + o_tc, mask=m_c, other=0.0).to(tl.float32)
-    top = tl.maximum(exponent, b_u + b_k)
-    old = tl.exp(exponent - top)
-    new = tl.exp(b_u + b_k - top)
+    difference = (b_k - base) + b_u - age * b_w
+    old, new = weigh(difference)
     below = old * q + new
-    b_y = (old * p + new * b_v) / below
     r = b_g / below
-    du = r * new * (b_v - b_y)
-    later = tl.exp(b_k + reach)
+    # v - y: where a token outweighs its past, y is v but for a rounding error.
+    du = r * new * (old * (q * b_v - p) / below)
+    later = tl.exp((b_k + g_base) + g_age * b_w)
     dv = r * new + later * gp
     dk = du + later * (b_v * gp + gq)
-    dw = tl.exp(exponent + b_w + reach) * (p * gp + q * gq)
-    return dk, dv, dw, du, -top, r, -r * b_y
+    dw = tl.exp((base + g_base) + (age + g_age + 1.0) * b_w) * (p * gp + q * gq)
+    # r counts e^-(u + k) if the token is the larger term, else e^-(base + age w).
+    larger = difference > 0.0
+    b_y = (old * p + new * b_v) / below
+    r = tl.where(larger, r * tl.exp(-b_u), r)
+    return dk, dv, dw, du, tl.where(larger, -b_k, -base), tl.where(larger, 0.0, -age), r, -r * b_y
 
 
 @autotune(CONFIGS, key=["C"])
@@ -153,44 +160,41 @@ def wkv_backward_kernel(
     dy, dlast, k, v, w, u, last, checkpoints, bounds, marks, scratch, dk, dv, dw, du, dfirst,
     C: tl.constexpr, L: tl.constexpr, MARKED: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [tokens, C], dw, du [N, C] of every sequence, dfirst [N, 3, C]; scratch [N, L, 3, C]."""
+    """dk, dv [tokens, C], dw, du [N, C] of every sequence, dfirst [N, 3, C]; scratch [N, L, 4, C]."""
     i_n = tl.program_id(0).to(tl.int64)
     o_c = tl.program_id(1) * BC + tl.arange(0, BC)
     m_c = o_c < C
     b_w = tl.load(w + o_c, mask=m_c, other=0.0).to(tl.float32)
     b_u = tl.load(u + o_c, mask=m_c, other=0.0).to(tl.float32)
     o_s = i_n * 3 * C + o_c
-    # Gradients of numerator and denominator are (gp, gq) e^(base + age w).
-    gp = tl.load(dlast + o_s, mask=m_c, other=0.0).to(tl.float32)
-    gq = tl.load(dlast + o_s + C, mask=m_c, other=0.0).to(tl.float32)
-    first_exponent = tl.load(last + o_s + 2 * C, mask=m_c, other=0.0)
-    base = -first_exponent
-    age = tl.zeros((BC,), dtype=tl.float32)
-    b_dw = tl.zeros((BC,), dtype=tl.float32)
-    b_du = tl.zeros((BC,), dtype=tl.float32)
+    gp, gq, _, age = load_state(dlast + o_s, m_c, C)
+    first_o = tl.load(last + o_s + 2 * C, mask=m_c, other=0.0)
+    base = -first_o
+    b_dw, b_du = tl.zeros_like(b_w), tl.zeros_like(b_w)
     t_0, t_end = tl.load(bounds + i_n), tl.load(bounds + i_n + 1)
-    scratch += i_n * L * 3 * C
+    scratch += i_n * L * 4 * C
     n_chunks = tl.cdiv(t_end - t_0, L).to(tl.int32)
     for j in range(0, n_chunks):
         i_chunk = n_chunks - 1 - j
         t_chunk = t_0 + i_chunk * L
         n_t = tl.minimum(t_end - t_chunk, L).to(tl.int32)
         p_save = checkpoints + (t_0 // L + i_n + i_chunk) * 3 * C + o_c
-        first_exponent = tl.load(p_save + 2 * C, mask=m_c, other=0.0)
-        tl.debug_barrier()  # what the last chunk read from scratch has been read
-        states_of_chunk(k, v, marks, p_save, scratch, b_w, t_chunk, n_t, o_c, m_c, C, MARKED, BC)
+        first_o = tl.load(p_save + 2 * C, mask=m_c, other=0.0)
+        tl.debug_barrier()  # what the chunk before read from scratch has been read
+        states_of_chunk(k, v, marks, p_save, scratch, b_w, t_chunk, n_t, o_c, m_c, C, MARKED)
         tl.debug_barrier()  # what is read from scratch has been written
         for i in range(0, n_t):
             t = n_t - 1 - i
             o_tc = (t_chunk + t) * C + o_c
-            p_state = scratch + t * 3 * C + o_c
-            p = tl.load(p_state, mask=m_c, other=0.0)
-            q = tl.load(p_state + C, mask=m_c, other=0.0)
-            exponent = tl.load(p_state + 2 * C, mask=m_c, other=0.0)
-            b_dk, b_dv, t_dw, t_du, new, to_p, to_q = token_gradients(
-                dy, k, v, o_tc, m_c, p, q, exponent, gp, gq, base + age * b_w, b_w, b_u
+            b_g = tl.load(dy + o_tc, mask=m_c, other=0.0).to(tl.float32)
+            b_k = tl.load(k + o_tc, mask=m_c, other=0.0).to(tl.float32)
+            b_v = tl.load(v + o_tc, mask=m_c, other=0.0).to(tl.float32)
+            s_p, s_q, s_base, _ = load_state(scratch + t * 4 * C + o_c, m_c, C)
+            s_age = tl.load(scratch + (t * 4 + 3) * C + o_c, mask=m_c, other=0.0)
+            b_dk, b_dv, t_dw, t_du, new_base, new_age, to_p, to_q = token_gradients(
+                b_g, b_k, b_v, b_w, b_u, s_p, s_q, s_base, s_age, gp, gq, base, age
             )
-            gp1, gq1, base1, age1 = absorb(gp, gq, base, age, b_w, new, to_p, to_q)
+            gp1, gq1, base1, age1 = absorb(gp, gq, base, age, b_w, new_base, new_age, to_p, to_q)
             if MARKED:
                 mark = tl.load(marks + t_chunk + t)
                 real = (mark & M_PADDING) == 0
@@ -203,10 +207,10 @@ def wkv_backward_kernel(
             b_du += t_du
             tl.store(dk + o_tc, b_dk.to(dk.dtype.element_ty), mask=m_c)
             tl.store(dv + o_tc, b_dv.to(dv.dtype.element_ty), mask=m_c)
-    scale = tl.exp(base + age * b_w + first_exponent)
+    scale = tl.exp((base + first_o) + age * b_w)
     tl.store(dfirst + o_s, gp * scale, mask=m_c)
     tl.store(dfirst + o_s + C, gq * scale, mask=m_c)
-    tl.store(dfirst + o_s + 2 * C, tl.zeros((BC,), dtype=tl.float32), mask=m_c)
+    tl.store(dfirst + o_s + 2 * C, tl.zeros_like(b_w), mask=m_c)
     tl.store(dw + i_n * C + o_c, b_dw, mask=m_c)
     tl.store(du + i_n * C + o_c, b_du, mask=m_c)
 
@@ -247,7 +251,7 @@ def backward(
     """Gradients of k, v, w, u and the initial states."""
     dk, dv, dfirst = torch.empty_like(k), torch.empty_like(v), torch.empty_like(final)
     dw, du = (torch.empty_like(final[:, 0]) for _ in range(2))
-    scratch = final.new_empty(final.shape[0], CHUNK, *final.shape[1:])
+    scratch = final.new_empty(final.shape[0], CHUNK, 4, final.shape[2])
     tensors = dy, dfinal, k, v, w, u, final, checkpoints, _bounds(k, cu_seqlens), marks, scratch, dk, dv, dw, du, dfirst
     if final.numel():
         wkv_backward_kernel[_grid(final)](*tensors, **_constants(k, marks))
