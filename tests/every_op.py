@@ -46,7 +46,15 @@ def spike_train(leaf, width):
         unpack(pack(trains, signed=planes == 2), width)
 
 
-CALLS = (attention, scan, lif, spike_encode, spike_train)
+def wkv(leaf, width):
+    from spikelm.kernels.wkv import wkv
+
+    k, v = leaf(1, 4, width), leaf(1, 4, width)
+    for masks in ({}, {"valid": torch.ones(1, 4, dtype=torch.bool)}):
+        wkv(k, v, leaf(width), leaf(width), **masks)[0].sum().backward()
+
+
+CALLS = (attention, scan, lif, spike_encode, spike_train, wkv)
 
 
 def run_every_op(dtype, width):
