@@ -11,14 +11,15 @@ their softmax among themselves. A cap multiplies G by its slope, 1 - (z / softca
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spikelm.kernels.runtime import expect, wide_dtype
 
-# Bytes of all [n, V] buffers of a chunk, and how many buffers of the wide dtype each loss holds at its peak.
+# A chunk has as many tokens as fit into these bytes with all its [n, V] buffers, but not fewer than the second number:
+# W and dW are read for every chunk, and with fewer tokens that costs more than the products.
 CHUNK_BYTES = 64 << 20
-BUFFERS = {"cross_entropy": 2, "kl": 4, "kl_top": 3}
+CHUNK_TOKENS = 128
+BUFFERS = {"cross_entropy": 2, "kl": 4, "kl_top": 2}
 
 
 def losses_and_gradients(
@@ -43,16 +44,19 @@ def losses_and_gradients(
     losses = torch.empty(x.shape[0], dtype=wide, device=x.device)
     dx = torch.empty(x.shape if need_x else (0,), dtype=wide, device=x.device)
     dweight = torch.zeros(weight.shape if need_weight else (0,), dtype=wide, device=x.device)
-    size = chunk_size(kind, weight.shape[0], wide)
+    size = min(chunk_size(kind, weight.shape[0], wide), max(1, x.shape[0]))
+    buffers = torch.empty(BUFFERS[kind], size, weight.shape[0], dtype=wide, device=x.device)
     for begin in range(0, x.shape[0], size):
         rows = slice(begin, begin + size)
-        z = _logits(x[rows], weight, softcap, temperature)
+        z, *free = buffers[:, : x.shape[0] - begin]
+        _logits(x[rows], weight, softcap, temperature, z)
         if kind == "cross_entropy":
-            losses[rows], g = _cross_entropy(z, given[0][rows], need)
+            losses[rows], g = _cross_entropy(z, given[0][rows], need, *free)
         elif kind == "kl":
-            losses[rows], g = _kl(z, _logits(given[0][rows], given[1], softcap, temperature), temperature, need)
+            _logits(given[0][rows], given[1], softcap, temperature, free[0])
+            losses[rows], g = _kl(z, temperature, need, *free)
         else:
-            losses[rows], g = _kl_top(z, given[0][rows], given[1][rows].to(wide), temperature, need)
+            losses[rows], g = _kl_top(z, given[0][rows], given[1][rows].to(wide), temperature, need, *free)
         if mask is not None:
             losses[rows].masked_fill_(~mask[rows], 0.0)
         if g is None:
@@ -63,7 +67,6 @@ def losses_and_gradients(
             g.mul_(upstream[rows, None])
         if mask is not None:
             g.masked_fill_(~mask[rows, None], 0.0)
-        del z
         g = g.to(x.dtype)
         if need_x:
             dx[rows] = g @ weight
@@ -74,7 +77,7 @@ def losses_and_gradients(
 
 def chunk_size(kind: str, vocabulary: int, dtype: torch.dtype) -> int:
     """Tokens of a chunk."""
-    return max(1, CHUNK_BYTES // (BUFFERS[kind] * vocabulary * dtype.itemsize))
+    return max(CHUNK_TOKENS, CHUNK_BYTES // (BUFFERS[kind] * vocabulary * dtype.itemsize))
 
 
 def _check_tokens(kind: str, given: list[Tensor], vocabulary: int) -> None:
@@ -88,47 +91,58 @@ def _check_tokens(kind: str, given: list[Tensor], vocabulary: int) -> None:
     expect(low >= 0 and high < vocabulary, f"linear_{kind}", name, expected, low if low < 0 else high, "Check it.")
 
 
-def _logits(x: Tensor, weight: Tensor, softcap: float | None, temperature: float) -> Tensor:
-    z = F.linear(x, weight)
-    z = z.to(wide_dtype(z))
+def _logits(x: Tensor, weight: Tensor, softcap: float | None, temperature: float, z: Tensor) -> None:
+    """Fill z [n, V]."""
+    if z.dtype == x.dtype:
+        torch.mm(x, weight.T, out=z)
+    else:
+        z.copy_(x @ weight.T)
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
-    return z if temperature == 1.0 else z.div_(temperature)
+    if temperature != 1.0:
+        z.div_(temperature)
 
 
-def _cross_entropy(z: Tensor, targets: Tensor, need: bool) -> tuple[Tensor, Tensor | None]:
-    log_q, targets = z.log_softmax(1), targets[:, None]
+def _cross_entropy(z: Tensor, targets: Tensor, need: bool, log_q: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Losses [n] and, if needed, their gradient by z, which stays; it lies in the buffer that comes last."""
+    targets = targets[:, None]
+    torch.log_softmax(z, 1, out=log_q)
     losses = -log_q.gather(1, targets)[:, 0]
     if not need:
         return losses, None
-    q = log_q.exp_()
-    return losses, q.scatter_add_(1, targets, q.new_full((1, 1), -1.0).expand_as(targets))
+    return losses, log_q.exp_().scatter_add_(1, targets, z.new_tensor([[-1.0]]).expand_as(targets))
 
 
-def _kl(z: Tensor, z_teacher: Tensor, temperature: float, need: bool) -> tuple[Tensor, Tensor | None]:
-    log_q, log_p = z.log_softmax(1), z_teacher.log_softmax(1)
-    del z_teacher
-    p = log_p.exp()
+def _kl(
+    z: Tensor, temperature: float, need: bool, z_teacher: Tensor, log_q: Tensor, log_p: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    torch.log_softmax(z, 1, out=log_q)
+    torch.log_softmax(z_teacher, 1, out=log_p)
+    p = torch.exp(log_p, out=z_teacher)
     losses = temperature**2 * log_p.sub_(log_q).mul_(p).sum(1)
     return losses, log_q.exp_().sub_(p).mul_(temperature) if need else None
 
 
-def _kl_top(z: Tensor, indices: Tensor, log_p: Tensor, temperature: float, need: bool) -> tuple[Tensor, Tensor | None]:
-    log_q, p = z.log_softmax(1), log_p.exp()
-    log_q_top = log_q.gather(1, indices)
-    losses = (p * (log_p - log_q_top)).sum(1, keepdim=True)
-    mass, others = p.sum(1, keepdim=True), log_q
+def _kl_top(
+    z: Tensor, indices: Tensor, log_p: Tensor, temperature: float, need: bool, log_q: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    torch.log_softmax(z, 1, out=log_q)
+    log_q_top, p = log_q.gather(1, indices), log_p.exp()
+    losses, mass = (p * (log_p - log_q_top)).sum(1, keepdim=True), p.sum(1, keepdim=True)
     if indices.shape[1] < z.shape[1]:
         p_rest = (1 - mass).clamp_(min=0)
-        mass = mass + p_rest
-        log_q_rest = log_q.scatter_(1, indices, float("-inf")).logsumexp(1, keepdim=True)
+        mass += p_rest
+        largest = log_q.scatter_(1, indices, float("-inf")).amax(1, keepdim=True)
+        others = log_q.sub_(largest).exp_()
+        size = others.sum(1, keepdim=True)
+        log_q_rest = largest + size.log()
         losses += torch.xlogy(p_rest, p_rest) - p_rest * log_q_rest
         if need:
-            others = log_q.sub_(log_q_rest).exp_().mul_(mass * log_q_rest.exp() - p_rest)
+            others.mul_((mass * log_q_rest.exp() - p_rest) / size)
     losses = temperature**2 * losses[:, 0]
     if not need:
         return losses, None
-    return losses, others.scatter_(1, indices, mass * log_q_top.exp() - p).mul_(temperature)
+    return losses, log_q.scatter_(1, indices, mass * log_q_top.exp() - p).mul_(temperature)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
