@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spikelm.kernels.gla import gla, gla_reference, gla_step
 from spikelm.kernels.lif import lif, lif_step
 from spikelm.kernels.lif_reference import lif_reference
+from spikelm.kernels.linear_loss import linear_cross_entropy, linear_kl, linear_kl_reference
 from spikelm.kernels.scan import scan, scan_reference, scan_step
 from spikelm.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
 from spikelm.kernels.spike_encode import spike_encode, spike_encode_reference
@@ -67,6 +69,19 @@ def _attention_inputs(gate_per_channel: bool) -> Callable[[Sizes, Callable[..., 
 
 def _attention_flops(s: Sizes) -> float:
     return 4.0 * s.batch * s.length * s.heads * s.width**2
+
+
+VOCABULARY = 49_152  # words of the losses of the output head; tokens are B * T
+
+
+def _head_inputs(s: Sizes, draw: Callable[..., Tensor]) -> list[Tensor]:
+    x, weight = draw(s.batch, s.length, s.channels), draw(VOCABULARY, s.channels) / s.channels**0.5
+    targets = (draw(s.batch, s.length).abs() * 1e4).long() % VOCABULARY
+    return [x, targets, weight]
+
+
+def _teacher_inputs(s: Sizes, draw: Callable[..., Tensor]) -> list[Tensor]:
+    return [draw(s.batch, s.length, s.channels), *(draw(VOCABULARY, s.channels) / s.channels**0.5 for _ in range(2))]
 
 
 def _lif_reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,6 +155,20 @@ OPS: dict[str, Op] = {
         narrow=2,
         parameters=2,
         peers={"fla": ("fla.ops.rwkv4", _fla_wkv)},
+    ),
+    "linear_cross_entropy": Op(
+        _head_inputs,
+        lambda x, targets, weight: linear_cross_entropy(x, weight, targets),
+        lambda x, targets, weight: F.cross_entropy((x @ weight.T).flatten(0, 1), targets.flatten()),
+        lambda s: 2.0 * s.batch * s.length * s.channels * VOCABULARY,
+        parameters=1,
+    ),
+    "linear_kl": Op(
+        _teacher_inputs,
+        lambda x, weight, teacher_weight: linear_kl(x, weight, x.detach(), teacher_weight.detach()),
+        lambda x, weight, teacher_weight: linear_kl_reference(x, weight, x.detach(), teacher_weight.detach()),
+        lambda s: 4.0 * s.batch * s.length * s.channels * VOCABULARY,
+        parameters=2,
     ),
     "lif": Op(
         lambda s, draw: [2.0 * draw(s.batch, s.length, s.channels)],

@@ -381,7 +381,7 @@ def linear_loss(
     `given` is targets [N]; or hidden states [N, E] and head [V, E] of a teacher; or indices and log-probabilities
     [N, k]. `kind` says which: "cross_entropy", "kl", "kl_top".
     """
-    x, weight, mask = contiguous(x, weight, mask)
+    x, weight, mask, *given = contiguous(x, weight, mask, *given)
     losses, dx, dweight = losses_and_gradients(
         x, weight, given, mask, kind, softcap, temperature, None, need_x, need_weight
     )
@@ -438,7 +438,7 @@ def linear_losses(
     temperature: float,
 ) -> Tensor:
     """The losses [N], wide; arguments as in `linear_loss`."""
-    x, weight, mask = contiguous(x, weight, mask)
+    x, weight, mask, *given = contiguous(x, weight, mask, *given)
     return losses_and_gradients(x, weight, given, mask, kind, softcap, temperature, None, False, False)[0]
 
 
@@ -461,7 +461,7 @@ def linear_losses_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight where they are needed (else empty), from logits made again."""
-    upstream, x, weight, mask = contiguous(upstream, x, weight, mask)
+    upstream, x, weight, mask, *given = contiguous(upstream, x, weight, mask, *given)
     _, dx, dweight = losses_and_gradients(
         x, weight, given, mask, kind, softcap, temperature, upstream, need_x, need_weight
     )
