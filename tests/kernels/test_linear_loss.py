@@ -55,7 +55,7 @@ def problem(kind, size="odd", settings=PLAIN, dtype=torch.float32, wide=None, ig
     if kind == "cross_entropy":
         targets = torch.randint(words, tokens, generator=random).masked_fill(~counts, -100)
         return leaves, (targets,), {"softcap": settings["softcap"]}
-    teacher = draw(*tokens, teacher_width), draw(words, teacher_width, scale=6 * teacher_width**-0.5)
+    teacher = draw(*tokens, teacher_width), draw(words, teacher_width, scale=4 * teacher_width**-0.5)
     if kind == "kl":
         return leaves, teacher, {**settings, "mask": counts}
     log_probs, indices = (F.linear(*teacher).double() / settings["temperature"]).log_softmax(-1).topk(known)
@@ -317,8 +317,8 @@ import torch.nn.functional as F
 from spikelm.eval.bench_kernels import _peak
 from spikelm.kernels.linear_loss import linear_cross_entropy
 torch.set_num_threads(1)
-x, weight = torch.randn(1024, 64, requires_grad=True), torch.randn(49152, 64, requires_grad=True)
-targets = torch.randint(49152, (1024,))
+x, weight = torch.randn(4096, 576, requires_grad=True), torch.randn(49152, 576, requires_grad=True)
+targets = torch.randint(49152, (4096,))
 plain = lambda: F.cross_entropy(x @ weight.T, targets).backward()
 print(_peak(plain if sys.argv[1] == "plain" else lambda: linear_cross_entropy(x, weight, targets).backward(), x.device))
 """
