@@ -48,17 +48,19 @@ def problem(kind, size="odd", settings=PLAIN, dtype=torch.float32, wide=None, ig
     def draw(*shape, scale=1.0):
         return (scale * torch.randn(shape, generator=random)).to(dtype).to(wide or dtype)
 
-    # The teacher is surer than the student: where they agree, the rounding of narrow logits is all that one sees.
-    leaves = [draw(*tokens, width), draw(words, width, scale=0.5 * width**-0.5)]
+    leaves = [draw(*tokens, width), draw(words, width, scale=width**-0.5)]
     leaves = [banded(leaf).requires_grad_() for leaf in leaves]
     counts = torch.rand(tokens, generator=random) >= ignored
     if kind == "cross_entropy":
         targets = torch.randint(words, tokens, generator=random).masked_fill(~counts, -100)
         return leaves, (targets,), {"softcap": settings["softcap"]}
-    teacher = draw(*tokens, teacher_width), draw(words, teacher_width, scale=4 * teacher_width**-0.5)
+    teacher = draw(*tokens, teacher_width), draw(words, teacher_width, scale=teacher_width**-0.5)
     if kind == "kl":
         return leaves, teacher, {**settings, "mask": counts}
-    log_probs, indices = (F.linear(*teacher).double() / settings["temperature"]).log_softmax(-1).topk(known)
+    # From the rounded teacher in float64, so that a float64 copy holds the very same problem.
+    log_probs, indices = (
+        (F.linear(*(t.double() for t in teacher)) / settings["temperature"]).log_softmax(-1).topk(known)
+    )
     return leaves, (indices, log_probs.to(dtype).to(wide or dtype)), {**settings, "mask": counts}
 
 
