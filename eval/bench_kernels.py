@@ -243,7 +243,7 @@ def _describe(device: torch.device) -> dict[str, Any]:
 
 
 _HEADER = (
-    f"{'op':<13}{'pass':<18}{'T':>7}{'ms':>10}{'spread':>9}{'reference':>11}{'ratio':>7}"
+    f"{'op':<21}{'pass':<18}{'T':>7}{'ms':>10}{'spread':>9}{'reference':>11}{'ratio':>7}"
     f"{'peer':>10}{'ratio':>7}{'copy':>7}{'matmul':>8}{'MiB':>8}"
 )
 
@@ -255,7 +255,7 @@ def _line(row: dict[str, Any]) -> str:
     empty = {"ms": None, "ratio": None}
     peer = next((row[name] for name in ("fla", "spikingjelly") if name in row), empty)
     return (
-        f"{row['op']:<13}{row['pass']:<18}{row['length']:>7}{cell(row['ms'], 10)}{cell(row['spread_ms'], 9)}"
+        f"{row['op']:<21}{row['pass']:<18}{row['length']:>7}{cell(row['ms'], 10)}{cell(row['spread_ms'], 9)}"
         f"{cell(row['reference']['ms'], 11)}{cell(row['reference']['ratio'], 7, '.1f')}{cell(peer['ms'], 10)}"
         f"{cell(peer['ratio'], 7, '.1f')}{cell(row['share_of_copy'], 7, '.0%')}{cell(row['share_of_matmul'], 8, '.0%')}"
         f"{cell(row['peak_mib'], 8, '.0f')}"
