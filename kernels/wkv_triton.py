@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from spikelm.kernels.runtime import chunk_table
-from spikelm.kernels.triton_tools import autotune, next_power_of_two
+from spikelm.kernels.triton_tools import next_power_of_two
 from spikelm.kernels.wkv_reference import EMPTY
 from spikelm.kernels.wkv_torch import CHUNK, PADDING, RESET, slots
 
-CONFIGS = [triton.Config({}, num_warps=1), triton.Config({}, num_warps=2)]
+# Loads of the next tokens run ahead of the recurrence; they do not depend on it.
+STAGES = tl.constexpr(4)
 NOTHING = tl.constexpr(EMPTY)
 M_PADDING, M_RESET = tl.constexpr(PADDING), tl.constexpr(RESET)
 
@@ -70,7 +71,6 @@ def store_state(pointer, mask, p, q, base, age, w, C: tl.constexpr):
     tl.store(pointer + 2 * C, o, mask=mask)
 
 
-@autotune(CONFIGS, key=["C"])
 @triton.jit
 def wkv_forward_kernel(
     k, v, w, u, first, bounds, marks, y, last, checkpoints,
@@ -84,26 +84,27 @@ def wkv_forward_kernel(
     b_u = tl.load(u + o_c, mask=m_c, other=0.0).to(tl.float32)
     p, q, base, age = load_state(first + i_n * 3 * C + o_c, m_c, C)
     t_0, t_end = tl.load(bounds + i_n), tl.load(bounds + i_n + 1)
-    i_save = t_0 // L + i_n
-    for i in range(0, (t_end - t_0).to(tl.int32)):
-        if SAVE:  # noqa: SIM102 (decided when compiling)
-            if i % L == 0:
-                store_state(checkpoints + (i_save + i // L) * 3 * C + o_c, m_c, p, q, base, age, b_w, C)
-        o_tc = (t_0 + i) * C + o_c
-        b_k = tl.load(k + o_tc, mask=m_c, other=0.0).to(tl.float32)
-        b_v = tl.load(v + o_tc, mask=m_c, other=0.0).to(tl.float32)
-        if MARKED:
-            mark = tl.load(marks + t_0 + i)
-            real = (mark & M_PADDING) == 0
-            p, q, base, age = clear(p, q, base, age, (mark & M_RESET) != 0)
-        old, new = weigh((b_k - base) + b_u - age * b_w)
-        b_y = (old * p + new * b_v) / (old * q + new)
-        p1, q1, base1, age1 = absorb(p, q, base, age, b_w, b_k, 0.0, b_v, 1.0)
-        if MARKED:
-            b_y = tl.where(real, b_y, 0.0)
-            p1, q1, base1, age1 = choose(real, p1, q1, base1, age1, p, q, base, age)
-        p, q, base, age = p1, q1, base1, age1
-        tl.store(y + o_tc, b_y.to(y.dtype.element_ty), mask=m_c)
+    n_chunks = tl.cdiv(t_end - t_0, L).to(tl.int32)
+    for i_chunk in range(0, n_chunks):
+        t_chunk = t_0 + i_chunk * L
+        if SAVE:
+            store_state(checkpoints + (t_0 // L + i_n + i_chunk) * 3 * C + o_c, m_c, p, q, base, age, b_w, C)
+        for i in tl.range(0, tl.minimum(t_end - t_chunk, L).to(tl.int32), num_stages=STAGES):
+            o_tc = (t_chunk + i) * C + o_c
+            b_k = tl.load(k + o_tc, mask=m_c, other=0.0).to(tl.float32)
+            b_v = tl.load(v + o_tc, mask=m_c, other=0.0).to(tl.float32)
+            if MARKED:
+                mark = tl.load(marks + t_chunk + i)
+                real = (mark & M_PADDING) == 0
+                p, q, base, age = clear(p, q, base, age, (mark & M_RESET) != 0)
+            old, new = weigh((b_k - base) + b_u - age * b_w)
+            b_y = (old * p + new * b_v) / (old * q + new)
+            p1, q1, base1, age1 = absorb(p, q, base, age, b_w, b_k, 0.0, b_v, 1.0)
+            if MARKED:
+                b_y = tl.where(real, b_y, 0.0)
+                p1, q1, base1, age1 = choose(real, p1, q1, base1, age1, p, q, base, age)
+            p, q, base, age = p1, q1, base1, age1
+            tl.store(y + o_tc, b_y.to(y.dtype.element_ty), mask=m_c)
     store_state(last + i_n * 3 * C + o_c, m_c, p, q, base, age, b_w, C)
 
 
@@ -111,7 +112,7 @@ def wkv_forward_kernel(
 def states_of_chunk(k, v, marks, p_save, scratch, b_w, t_chunk, n_t, o_c, m_c, C: tl.constexpr, MARKED: tl.constexpr):
     """Write the states in front of n_t tokens, after resets, to scratch [L, 4, C]: p, q, base, age."""
     p, q, base, age = load_state(p_save, m_c, C)
-    for i in range(0, n_t):
+    for i in tl.range(0, n_t, num_stages=STAGES):
         o_tc = (t_chunk + i) * C + o_c
         b_k = tl.load(k + o_tc, mask=m_c, other=0.0).to(tl.float32)
         b_v = tl.load(v + o_tc, mask=m_c, other=0.0).to(tl.float32)
@@ -152,7 +153,6 @@ def token_gradients(b_g, b_k, b_v, b_w, b_u, p, q, base, age, gp, gq, g_base, g_
     return dk, dv, dw, du, tl.where(larger, -b_k, -base), tl.where(larger, 0.0, -age), r, -r * b_y
 
 
-@autotune(CONFIGS, key=["C"])
 @triton.jit
 def wkv_backward_kernel(
     dy, dlast, k, v, w, u, last, checkpoints, bounds, marks, scratch, dk, dv, dw, du, dfirst,
@@ -181,7 +181,7 @@ def wkv_backward_kernel(
         tl.debug_barrier()  # what the chunk before read from scratch has been read
         states_of_chunk(k, v, marks, p_save, scratch, b_w, t_chunk, n_t, o_c, m_c, C, MARKED)
         tl.debug_barrier()  # what is read from scratch has been written
-        for i in range(0, n_t):
+        for i in tl.range(0, n_t, num_stages=STAGES):
             t = n_t - 1 - i
             o_tc = (t_chunk + t) * C + o_c
             b_g = tl.load(dy + o_tc, mask=m_c, other=0.0).to(tl.float32)
@@ -229,8 +229,9 @@ def forward(
     # Not every slot is used, and what is saved should hold no accidental numbers.
     checkpoints = first.new_zeros(slots(k, state) if save else 0, *state.shape[1:])
     tensors = k, v, w, u, first, _bounds(k, cu_seqlens), marks, y, last, checkpoints
+    grid, options = _launch(k, first, marks)
     if first.numel():
-        wkv_forward_kernel[_grid(first)](*tensors, SAVE=save, **_constants(k, marks))
+        wkv_forward_kernel[grid](*tensors, SAVE=save, **options)
     return y, last, checkpoints
 
 
@@ -251,8 +252,9 @@ def backward(
     dw, du = (torch.empty_like(final[:, 0]) for _ in range(2))
     scratch = final.new_empty(final.shape[0], CHUNK, 4, final.shape[2])
     tensors = dy, dfinal, k, v, w, u, final, checkpoints, _bounds(k, cu_seqlens), marks, scratch, dk, dv, dw, du, dfirst
+    grid, options = _launch(k, final, marks)
     if final.numel():
-        wkv_backward_kernel[_grid(final)](*tensors, **_constants(k, marks))
+        wkv_backward_kernel[grid](*tensors, **options)
     return dk, dv, dw.sum(0).to(w.dtype), du.sum(0).to(u.dtype), dfirst
 
 
@@ -260,9 +262,10 @@ def _bounds(k: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return chunk_table(cu_seqlens, k.shape[0], k.shape[1], max(1, k.shape[1]), k.device, "wkv")[1]
 
 
-def _constants(k: Tensor, marks: Tensor | None) -> dict:
-    return {"C": k.shape[2], "L": CHUNK, "MARKED": marks is not None, "BC": min(64, next_power_of_two(k.shape[2]))}
-
-
-def _grid(state: Tensor) -> tuple[int, int]:
-    return state.shape[0], triton.cdiv(state.shape[2], min(64, next_power_of_two(state.shape[2])))
+def _launch(k: Tensor, state: Tensor, marks: Tensor | None) -> tuple[tuple[int, int], dict]:
+    """The grid, and what both kernels are told."""
+    # One warp, as time is serial and only many programs fill a GPU; a thread reads the 4 bytes of a token that an
+    # asynchronous copy takes at least.
+    block = min(128 // k.element_size(), next_power_of_two(k.shape[2]))
+    options = {"C": k.shape[2], "L": CHUNK, "MARKED": marks is not None, "BC": block, "num_warps": 1}
+    return (state.shape[0], triton.cdiv(k.shape[2], block)), options
