@@ -95,13 +95,12 @@ def backward(
 
 
 def _sequences(k: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, list[tuple[Tensor, slice]]]]:
-    """Rows of the state of every batch of sequences computed at once, with slots and span of time of each chunk."""
+    """Rows of the state of every batch of sequences computed at once, and of each chunk slots and span of time."""
     if k.numel() == 0:
         return []
     if cu_seqlens is None:
         bounds, rows = [0, k.shape[1]], [slice(None)]
-        first = torch.arange(k.shape[0]) * k.shape[1] // CHUNK + torch.arange(k.shape[0])
-        firsts = [first]
+        firsts = [torch.arange(k.shape[0]) * k.shape[1] // CHUNK + torch.arange(k.shape[0])]
     else:
         bounds = sequence_bounds("wkv", cu_seqlens, k.shape[1])
         rows = [slice(n, n + 1) for n in range(len(bounds) - 1)]
