@@ -60,11 +60,14 @@ class SpikeLMConfig(PreTrainedConfig):
         attention_bias, attention_output_bias: biases of q, k, v and of o. attention_dropout: on attention weights.
         attention_qk_norm: `none`, `head` (one norm over each head), `full` (one norm across all heads).
         attention_scale: factor on q k^T, default `head_dim ** -0.5`. attention_softcap: cap on the scores.
+        attention_query_spikes, attention_int8_keys_values: parity with SpikingBrain's W8ASpike: rotated queries are
+            spike-coded with `spike_k`, keys and values rounded to int8 steps, all per token and head.
         parallel_shared_projections: whether `a+b` layers share one set of q, k, v, o projections.
         ffn_bias: biases of the gated ffn.
         event_threshold: initial threshold of the events of `hgrn` and `mingru`; learned per channel.
         gla_feature_map: `relu`, `sigmoid` or `softplus` on q and k.
-        gla_gate: `low_rank` (learned, log-sigmoid) or `tied` (decay 1 - k; needs the sigmoid map).
+        gla_gate: `low_rank` or `dense` (learned, log-sigmoid of two linears or of one), or `tied` (decay 1 - k; needs
+            the sigmoid map).
         gla_gate_rank, gla_gate_normalizer, gla_gate_bias: rank of the gate, divisor of its log-decay, initial bias
             of its logit (0 as published: a half-life of 16 tokens).
         spike_sites: which activations are spike-coded: any of `qkv`, `o`, `gate_up`, `down` (in front of the linears
@@ -83,6 +86,8 @@ class SpikeLMConfig(PreTrainedConfig):
         neuron_decay, neuron_threshold, neuron_reset, neuron_detach_reset, neuron_surrogate, neuron_width, neuron_gain,
             neuron_temporal_grad, neuron_grad_window: as in `spikelm.kernels.lif.lif`; for `plif` and `dsn` the decay
             (and threshold of plif) is where learning starts. The defaults are SpikeGPT's unit.
+        weight_group_size: every linear of a layer carries the scales of its integer weights, one for each row and group
+            of so many input channels (see `spikelm.grid`); None: weights are plain floats.
 
     Raises:
         ValueError: a field out of its range, with what was expected.
@@ -145,6 +150,8 @@ class SpikeLMConfig(PreTrainedConfig):
     attention_qk_norm: str | list[str] = "none"
     attention_scale: float | int | None = None
     attention_softcap: float | int | None = None
+    attention_query_spikes: bool = False
+    attention_int8_keys_values: bool = False
     parallel_shared_projections: bool | list[bool] = True
 
     ffn_bias: bool | list[bool] = False
@@ -175,6 +182,8 @@ class SpikeLMConfig(PreTrainedConfig):
     neuron_gain: str = "euler"
     neuron_temporal_grad: str = "full"
     neuron_grad_window: int | None = None
+
+    weight_group_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:

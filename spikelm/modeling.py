@@ -27,6 +27,7 @@ from spikelm.cache import CACHE_NAME, SpikeCache, Stateful
 from spikelm.configuration import SpikeLMConfig
 from spikelm.context import ForwardContext, check_padding
 from spikelm.ffns import FFNS
+from spikelm.grid import add_grids
 from spikelm.initial import fill
 from spikelm.mixers import make_mixer
 from spikelm.mixers.attention import SoftmaxCore
@@ -61,6 +62,8 @@ class SpikeLMDecoderLayer(GradientCheckpointingLayer):
             self.ffn_norm, self.ffn_post_norm = norm("pre_norm"), norm("post_norm")
             self.ffn = FFNS[config.ffns[layer_idx]](config, layer_idx)
         self.ffn_out_site = make_site(config, layer_idx, "ffn_out", config.hidden_size) if self.ffn else NoSite()
+        if config.weight_group_size is not None:
+            add_grids(self, config.weight_group_size)
         for name, module in self.named_modules():
             if isinstance(module, Stateful):
                 module.state_path = name

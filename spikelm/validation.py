@@ -17,11 +17,13 @@ CODES = ("binary", "ternary", "bitwise", "twos_complement")
 THRESHOLDS = ("token", "calibrated", "learned")
 NEURONS = ("none", "lif", "plif", "astrocyte", "dsn")
 FEATURE_MAPS = ("relu", "sigmoid", "softplus")
+GATES = ("low_rank", "dense", "tied")
 FFNS = ("gated", "rwkv", "rwkv7", "none")
 HEAD_MIXERS = ("attention", "swa", "gla", "retention")  # mix heads between shared q, k, v, o projections
 MIXERS = (*HEAD_MIXERS, "hgrn", "mingru")
 ROTATED = frozenset({"attention", "swa", "retention"})
 
+# Fields that may be a list with one value for each layer.
 PER_LAYER = (
     "intermediate_size", "mixers", "ffns", "pre_norm", "post_norm", "residual", "attention_rope", "attention_window",
     "attention_sinks", "attention_bias", "attention_output_bias", "attention_qk_norm", "parallel_shared_projections",
@@ -66,6 +68,8 @@ def validate(config: "SpikeLMConfig") -> None:
     choice("final_norm", config.final_norm, NORMS)
     choice("embedding_norm", config.embedding_norm, NORMS)
     share("residual_dropout", config.residual_dropout)
+    if config.weight_group_size is not None:
+        positive("weight_group_size", config.weight_group_size)
     for i in range(config.num_hidden_layers):
         _layer(config, i, f" of layer {i}")
     _spikes(config)
@@ -105,7 +109,7 @@ def _swa(config: "SpikeLMConfig", i: int, where: str) -> None:
 
 def _gla(config: "SpikeLMConfig", i: int, where: str) -> None:
     choice("gla_feature_map", config.at("gla_feature_map", i), FEATURE_MAPS, where)
-    choice("gla_gate", config.at("gla_gate", i), ("low_rank", "tied"), where)
+    choice("gla_gate", config.at("gla_gate", i), GATES, where)
     positive("gla_gate_normalizer", config.gla_gate_normalizer)
     if config.at("gla_gate", i) == "tied" and config.at("gla_feature_map", i) != "sigmoid":
         raise ValueError(

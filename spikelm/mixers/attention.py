@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spikelm.cache import Stateful, StateSpec
+from spikelm.kernels.runtime import wide_dtype
+from spikelm.kernels.spike_encode import spike_quantize
 
 if TYPE_CHECKING:
     from spikelm.configuration import SpikeLMConfig
@@ -44,6 +46,8 @@ class SoftmaxCore(Stateful, nn.Module):
         self.scaling = config.attention_scale or self.head_dim**-0.5
         self.softcap = config.attention_softcap
         self.dropout = config.attention_dropout
+        self.query_k = float(config.at("spike_k", layer_idx)) if config.attention_query_spikes else None
+        self.int8_keys_values = config.attention_int8_keys_values
 
     def state_specs(self) -> dict[str, StateSpec]:
         """Keys and values; their length is None in full attention, at most window - 1 + sinks in a window."""
@@ -58,6 +62,10 @@ class SoftmaxCore(Stateful, nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if self.rope != "none":
             q, k = rotate(q, *context.rope[self.rope]), rotate(k, *context.rope[self.rope])
+        if self.query_k is not None:
+            q = spike_quantize(q, self.query_k)
+        if self.int8_keys_values:
+            k, v = Int8Steps.apply(k), Int8Steps.apply(v)
         view = context.keys(self.window, self.sinks, self.off_by_one)
         if (past := self.read_state(context, "keys")) is not None:
             k = torch.cat([past, k], dim=2)
@@ -92,6 +100,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat([-high, low], dim=-1) * sin
     return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
+
+
+class Int8Steps(torch.autograd.Function):
+    """x `[..., D]` rounded to int8 steps, one scale max|x| / 127 for each row; straight-through gradient.
+
+    As W8ASpike does with keys and values (SpikingBrain 2.3), which keeps them unrounded and rounds at every reading:
+    the same numbers, since a row's steps depend on nothing but the row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Round."""
+        wide = x.to(wide_dtype(x))
+        scale = (wide.abs().amax(-1, keepdim=True) / 127).clamp(1e-5, 1e4)
+        return ((wide / scale).round().clamp(-128, 127) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Pass on."""
+        return gradient
 
 
 def eager_attention(

@@ -3,7 +3,8 @@
     S_t = diag(g_t) S_{t-1} + phi(k_t)^T v_t,   o_t = norm(D^-0.5 phi(q_t) S_t)
 
 with a non-negative feature map phi, no rotation, and per-channel gates g_t: learned through a low-rank map of the
-layer's input, log g = logsigmoid(W_1 W_0 x + b) / 16, or tied to the keys, g = 1 - phi(k) (SpikingBrain-76B).
+layer's input, log g = logsigmoid(W_1 W_0 x + b) / 16, or a dense one (W8ASpike holds W_1 W_0 as one matrix), or tied
+to the keys, g = 1 - phi(k) (SpikingBrain-76B).
 
 State: `recurrent` `[B, Hkv, D, D]`, float32 or better.
 """
@@ -41,11 +42,14 @@ class GatedLinearCore(Stateful, nn.Module):
         self.state_macs = (2 * self.heads + queries) * self.head_dim**2
         self.feature_map = _FEATURE_MAPS[config.at("gla_feature_map", layer_idx)]
         self.normalizer = config.gla_gate_normalizer
-        self.tied = config.at("gla_gate", layer_idx) == "tied"
-        self.input_readers = () if self.tied else ("gate.0",)
-        if not self.tied:
-            rank, width = config.at("gla_gate_rank", layer_idx), self.heads * self.head_dim
-            self.gate = LowRankGate(config.hidden_size, rank, width, config.at("gla_gate_bias", layer_idx))
+        kind, width = config.at("gla_gate", layer_idx), self.heads * self.head_dim
+        bias = float(config.at("gla_gate_bias", layer_idx))
+        self.tied = kind == "tied"
+        self.input_readers = {"low_rank": ("gate.0",), "dense": ("gate",), "tied": ()}[kind]
+        if kind == "low_rank":
+            self.gate: nn.Module = LowRankGate(config.hidden_size, config.at("gla_gate_rank", layer_idx), width, bias)
+        elif kind == "dense":
+            self.gate = declare(nn.Linear(config.hidden_size, width), bias=bias)
         self.norm = make_norm("rmsnorm", self.head_dim, config.norm_eps)
 
     def state_specs(self) -> dict[str, StateSpec]:

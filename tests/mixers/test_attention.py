@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from small_models import small_config, small_model
 from spikelm.cache import CACHE_NAME
 from spikelm.context import ForwardContext
-from spikelm.mixers.attention import SoftmaxCore, rotate
+from spikelm.mixers.attention import Int8Steps, SoftmaxCore, rotate
 
 
 def visible_keys(length, **fields):
@@ -118,3 +118,48 @@ def test_llama_with_scaled_rope_is_reproduced(rope):
     mine.load_state_dict(renamed)
     ids = torch.randint(0, 97, (2, 40))
     assert (mine(ids).logits - llama(ids).logits).abs().max() < 1e-5
+
+
+W8ASPIKE = {"attention_query_spikes": True, "attention_int8_keys_values": True}
+
+
+@pytest.mark.parametrize("mixers", ["attention", "swa"])
+@torch.no_grad()
+def test_coded_queries_and_int8_keys_values_agree_token_by_token(mixers):
+    """Keys are rounded before they are kept, queries when they are made: a token's numbers depend on it alone."""
+    model = small_model(mixers=mixers, **W8ASPIKE)
+    ids, mask = torch.randint(0, 97, (2, 13)), torch.ones(2, 13, dtype=torch.long)
+    mask[1, :5] = 0
+    whole = model(ids, attention_mask=mask).logits
+    out = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True)
+    logits = [out.logits]
+    for t in range(6, 13):
+        out = model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], **{CACHE_NAME: out.past_key_values})
+        logits.append(out.logits)
+    assert (torch.cat(logits, 1) - whole)[mask.bool()].abs().max() < 1e-9
+    plain = small_model(mixers=mixers)
+    plain.load_state_dict(model.state_dict())
+    assert (plain(ids, attention_mask=mask).logits - whole)[mask.bool()].abs().max() > 1e-3
+
+
+def test_coded_queries_and_int8_keys_values_pass_gradients_straight_through():
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 8, dtype=torch.float64)
+    (Int8Steps.apply(x) * weight).sum().backward()
+    assert torch.equal(x.grad, weight)
+    model = small_model(mixers="attention", **W8ASPIKE)
+    model(torch.arange(9)[None]).logits.square().mean().backward()
+    mixer = model.model.layers[0].mixer
+    assert all(linear.weight.grad.abs().max() > 0 for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_int8_steps(dtype):
+    x = torch.randn(5, 16, dtype=dtype)
+    x[2] = 0
+    steps = Int8Steps.apply(x)
+    assert steps.dtype is dtype and (steps[2] == 0).all()
+    scale = x.double().abs().amax(-1, keepdim=True) / 127
+    error = (steps.double() - x.double()).abs()
+    assert (error <= scale / 2 + x.double().abs() * torch.finfo(dtype).eps).all()
+    assert error[:2].max() > scale[:2].max() / 4, "rounded at all"

@@ -80,3 +80,27 @@ def test_state_is_kept_once_per_key_value_head():
     spec = model.model.layers[0].mixer.gla.state_specs()["recurrent"]
     assert state.shape == (3, *spec.shape) == (3, 2, 8, 8)
     assert state.dtype == spec.dtype == torch.float32
+
+
+def test_dense_gate_is_the_low_rank_one_multiplied_out():
+    low, dense = small_model(mixers="gla"), small_model(mixers="gla", gla_gate="dense")
+    tensors = low.state_dict()
+    for i in range(3):
+        gate = f"model.layers.{i}.mixer.gla.gate"
+        first, second = tensors.pop(f"{gate}.0.weight"), tensors.pop(f"{gate}.1.weight")
+        tensors |= {f"{gate}.weight": second @ first, f"{gate}.bias": tensors.pop(f"{gate}.1.bias")}
+    dense.load_state_dict(tensors)
+    ids = torch.randint(0, 97, (2, 15))
+    assert (dense(ids).logits - low(ids).logits).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("gate, readers", [("low_rank", "gla.gate.0"), ("dense", "gla.gate"), ("tied", None)])
+def test_gate_reads_what_the_qkv_site_codes(gate, readers):
+    maps = {"gla_feature_map": "sigmoid"} if gate == "tied" else {}
+    mixer = small_model(mixers="gla", gla_gate=gate, **maps).model.layers[0].mixer
+    assert mixer.site_readers["qkv_site"] == ("q_proj", "k_proj", "v_proj") + ((readers,) if readers else ())
+
+
+def test_dense_gate_starts_at_its_bias():
+    model = SpikeLMForCausalLM(small_config(mixers="gla", gla_gate="dense", gla_gate_bias=2.0))
+    assert torch.equal(model.model.layers[1].mixer.gla.gate.bias, torch.full((16,), 2.0))
