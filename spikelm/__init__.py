@@ -17,9 +17,11 @@ from transformers import (  # noqa: E402
     AutoModelForTokenClassification,
 )
 
+from spikelm import presets  # noqa: E402
 from spikelm.cache import SpikeCache  # noqa: E402
 from spikelm.configuration import SpikeLMConfig  # noqa: E402
 from spikelm.conversion.convert import convert  # noqa: E402
+from spikelm.conversion.importing import export_checkpoint, import_checkpoint  # noqa: E402
 from spikelm.modeling import (  # noqa: E402
     SpikeLMForCausalLM,
     SpikeLMForSequenceClassification,
@@ -44,5 +46,8 @@ __all__ = [
     "SpikeStatistics",
     "convert",
     "execute_trains",
+    "export_checkpoint",
+    "import_checkpoint",
+    "presets",
     "spike_groups",
 ]

@@ -1,4 +1,4 @@
-"""The `spikelm` command: quickstart, convert, generate, eval."""
+"""The `spikelm` command: quickstart, convert, import, export, generate, eval, bench."""
 
 import sys
 import time
@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 import spikelm
 from spikelm.conversion.convert import convert
 from spikelm.conversion.folder import add_measurements, check_out
+from spikelm.conversion.importing import export_checkpoint, import_checkpoint
+from spikelm.conversion.published import KINDS
 from spikelm.conversion.smollm import smollm2_gguf
 from spikelm.conversion.sources import quiet
 from spikelm.conversion.texts import evaluation_sample
@@ -118,6 +120,29 @@ def convert_command(
         **choices,
     )
     _say(f"Wrote {out}. Next: spikelm generate {out} --prompt ... ; spikelm eval {out} --baseline {source} --out ...")
+
+
+@app.command("import")
+@click.argument("kind", type=click.Choice(list(KINDS)))
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Replace OUT if a conversion or an import wrote it.")
+def import_command(kind: str, checkpoint: str, out: Path, overwrite: bool) -> None:
+    """Read CHECKPOINT (the folder of a published spiking model of KIND) and write a spikelm model folder to OUT."""
+    record = import_checkpoint(kind, checkpoint, out, overwrite=overwrite)
+    for note in record["notes"]:
+        _say(note)
+    _say(f"Wrote {out}, {record['result']['parameters']:,} parameters. Next: spikelm generate {out} --prompt ...")
+
+
+@app.command("export")
+@click.argument("kind", type=click.Choice(list(KINDS)))
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+def export_command(kind: str, model: str, out: Path) -> None:
+    """Write MODEL (a spikelm model folder) to OUT with the keys and the config.json of a published KIND."""
+    export_checkpoint(kind, model, out)
+    _say(f"Wrote {out}.")
 
 
 @app.command()

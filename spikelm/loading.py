@@ -38,11 +38,21 @@ def load_model(
     return _filled(model_class, opened.config, opened.tensors, dtype or opened.dtype, str(source)), opened.tokenizer
 
 
-def _load_spiking(folder: Path, dtype: torch.dtype | None, progress: bool) -> tuple[PreTrainedModel, Any]:
+def read_config(folder: Path) -> SpikeLMConfig:
+    """The configuration of a spikelm folder. Raises ValueError for another's."""
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type != SpikeLMConfig.model_type:
+        raise ValueError(
+            f"{folder}/config.json states model_type {model_type!r}; expected 'spikelm'. Convert it first."
+        )
     try:
-        config = SpikeLMConfig.from_pretrained(folder)
+        return SpikeLMConfig.from_pretrained(folder)
     except Exception as error:
         raise ValueError(f"{folder}/config.json is not a spikelm configuration: {reason(error)}") from error
+
+
+def _load_spiking(folder: Path, dtype: torch.dtype | None, progress: bool) -> tuple[PreTrainedModel, Any]:
+    config = read_config(folder)
     tensors = read_checkpoint(folder, progress)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else next(iter(tensors.values())).dtype
     model = _filled(SpikeLMForCausalLM, config, tensors, dtype or stored, str(folder))

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from small_tokenizer import letters
 from spikelm.cli import main
+from tests.conversion.spikingbrain import published_tensors, write_published
 
 PROSE = "the quick brown fox jumps over the lazy dog while seven grey mice watch the moon rise slowly. "
 
@@ -50,6 +52,12 @@ def converted(source, text, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A tiny SpikingBrain-7B in its published layout."""
+    return write_published(tmp_path_factory.mktemp("published") / "spikingbrain", published_tensors())
+
+
 def call(*arguments):
     return main([str(argument) for argument in arguments])
 
@@ -60,6 +68,15 @@ def test_convert_writes_a_model_that_loads(converted):
     model = AutoModelForCausalLM.from_pretrained(converted)
     assert model.config.sites_at(1) == ("qkv", "o", "gate_up", "down")
     assert model.model.layers[0].ffn.down_site.dead_zone.max() > 0
+
+
+def test_import_and_export_go_there_and_back(published, tmp_path, capsys):
+    assert call("import", "spikingbrain-7b", published, tmp_path / "ours") == 0
+    assert "no tokenizer" in capsys.readouterr().err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").config.mixers == ["gla", "swa"] * 2
+    assert call("export", "spikingbrain-7b", tmp_path / "ours", tmp_path / "back") == 0
+    assert sorted(load_file(tmp_path / "back" / "model.safetensors")) == sorted(published_tensors())
+    assert call("import", "spikingbrain-7b", tmp_path / "back", tmp_path / "ours", "--overwrite") == 0
 
 
 @pytest.mark.parametrize("execute", ["counts", "trains"])
@@ -136,10 +153,18 @@ def test_bench_kernels_prints_a_table_and_writes_json(tmp_path, capsys):
         (["frobnicate"], "No such command"),
         (["bench", "kernels", "--op", "softmax"], "softmax"),
         (["convert", "SOURCE"], "OUT"),
+        (["import", "spikingbrain-8b", "PUBLISHED", "OUT"], "spikingbrain-w8aspike"),
+        (["import", "spikingbrain-7b", "nowhere", "OUT"], "does not exist"),
+        (["import", "spikingbrain-7b", "SOURCE", "OUT"], "model_type 'llama'"),
+        (["import", "spikingbrain-w8aspike", "PUBLISHED", "OUT"], "tensors of kind spikingbrain-7b"),
+        (["import", "spikingbrain-7b", "PUBLISHED", "SOURCE"], "exists already"),
+        (["export", "spikingbrain-7b", "PUBLISHED", "OUT"], "model_type 'gla_swa'"),
+        (["export", "spikingbrain-7b", "CONVERTED", "OUT"], "it differs in"),
+        (["export", "spikingbrain-7b", "CONVERTED"], "OUT"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_two(arguments, said, source, converted, text, tmp_path, capsys):
-    places = {"SOURCE": source, "CONVERTED": converted, "TEXT": text, "OUT": tmp_path / "out"}
+def test_a_mistake_is_one_line_and_exit_code_two(arguments, said, source, converted, published, text, tmp_path, capsys):
+    places = {"SOURCE": source, "CONVERTED": converted, "TEXT": text, "OUT": tmp_path / "out", "PUBLISHED": published}
     before = sorted(tmp_path.iterdir())
     assert call(*[places.get(argument, argument) for argument in arguments]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]

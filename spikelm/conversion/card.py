@@ -6,7 +6,7 @@ from typing import Any
 
 def model_card(record: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read."""
-    source, plan = record["source"], record["plan"]
+    source = record["source"]
     head = ["---", "library_name: spikelm", "pipeline_tag: text-generation", "tags: [spiking, spikelm]"]
     if source["licence"]:
         head.append(f"license: {source['licence']}")
@@ -14,9 +14,7 @@ def model_card(record: dict[str, Any]) -> str:
         head.append(f"base_model: {source['name']}")
     parts = [
         "\n".join([*head, "---"]),
-        f"# {_short(source['name'])} in spiking form",
-        f"Converted from `{_short(source['name'])}` ({source['family']}) with spikelm "
-        f"{record['versions']['spikelm']}, without training. `conversion.json` holds every choice and result.",
+        *_introduction(record),
         "```python\nimport spikelm\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n```',
         "## What was done\n\n" + _bullets(_steps(record)),
@@ -25,15 +23,31 @@ def model_card(record: dict[str, Any]) -> str:
         rows = [f"| {name} | {_number(value)} |" for name, value in record["measured"].items()]
         parts.append("\n".join(["## Measured", "", "| | |", "|---|---|", *rows]))
     else:
-        parts.append("## Measured\n\nNothing yet: `spikelm eval` compares this model with its source.")
+        parts.append("## Measured\n\nNothing yet: `spikelm eval` compares this model with its baseline.")
     limits = [*record["notes"]]
-    if any("gla" in mixer for mixer in record["result"]["layers"]):
+    if record["plan"] is not None and any("gla" in mixer for mixer in record["result"]["layers"]):
         limits.append("Layers with gated linear attention have new, untrained gates: train the model before use.")
-    if source["licence"] or plan["sites"] != "none":
+    if source["licence"] or record["result"]["spike_sites"] or record["plan"] is None:
         licence = source["licence"] or "the source's licence"
         limits.append(f"The weights are those of the source and stay under its licence ({licence}).")
     parts.append("## Notes\n\n" + _bullets(limits))
     return "\n\n".join(parts) + "\n"
+
+
+def _introduction(record: dict[str, Any]) -> list[str]:
+    source, version = record["source"], record["versions"]["spikelm"]
+    name = _short(source["name"])
+    if record["plan"] is None:
+        return [
+            f"# {source['family']} for spikelm",
+            f"Imported from `{name}`, a published checkpoint of kind `{source['format']}`, with spikelm {version}; "
+            f"`spikelm export {source['format']}` writes it back. `conversion.json` holds the details.",
+        ]
+    return [
+        f"# {name} in spiking form",
+        f"Converted from `{name}` ({source['family']}) with spikelm {version}, without training. "
+        "`conversion.json` holds every choice and result.",
+    ]
 
 
 def _steps(record: dict[str, Any]) -> list[str]:
@@ -43,6 +57,8 @@ def _steps(record: dict[str, Any]) -> list[str]:
     if not result["spike_sites"]:
         return [*steps, "No activation is spike-coded."]
     sites = ", ".join(f"`{site}`" for site in result["spike_sites"])
+    if plan is None:
+        return [*steps, f"Spike sites {sites} in every layer, as published."]
     steps.append(f"Spike sites {sites} in every layer; {plan['code']} code, k = {plan['k']:g}.")
     steps.append(f"Threshold: {plan['threshold']}.")
     if calibration is None:

@@ -1,11 +1,13 @@
 """Weight files of a model folder: safetensors, or pickles through torch's weights-only loader; whole or in shards."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,15 +19,49 @@ _PLACES = (
 )
 
 
+SHARD_BYTES = 2 << 30
+
+
+def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors as `model.safetensors`, or as shards with an index, taking them one by one as they come.
+
+    No more than `SHARD_BYTES`, or one larger tensor, are held at a time.
+    """
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        shard[name] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    places: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        (folder / f"{i}.partial").replace(folder / file)
+        places |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def read_checkpoint(folder: Path, progress: bool) -> dict[str, Tensor]:
-    """All tensors of the model folder `folder`, on the CPU; safetensors stay mapped to their file.
+    """All tensors of the model folder `folder`, on the CPU and mapped to their files: memory fills as they are used.
 
     Raises:
         ValueError: no weights, a missing or damaged shard, or an index that names a tensor that no shard holds.
     """
     for name, is_index in _PLACES:
         if (folder / name).is_file():
-            return _read_shards(folder, name, progress) if is_index else _read_file(folder / name)
+            return _read_shards(folder, name, progress) if is_index else read_weight_file(folder / name)
     raise ValueError(
         f"{folder} has no weights; expected model.safetensors, its shards with an index, or pytorch_model.bin. "
         "Get the complete model."
@@ -65,14 +101,15 @@ def _read_shards(folder: Path, index: str, progress: bool) -> dict[str, Tensor]:
         )
     tensors: dict[str, Tensor] = {}
     for name in tqdm(names, desc="Reading weights", unit="file", disable=not progress, delay=1.0):
-        tensors |= _read_file(folder / name)
+        tensors |= read_weight_file(folder / name)
     lost = sorted(set(places) - set(tensors))
     if lost:
         raise ValueError(f"{index} names {', '.join(lost[:6])}, which no weight file holds. Get the model again.")
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_weight_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file, mapped to it. Raises ValueError for what is no dictionary of plain tensors."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:

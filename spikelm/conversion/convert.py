@@ -100,7 +100,7 @@ def _build(
     source_dtype = opened.dtype
     tensors, config.tie_word_embeddings = normalised(opened.tensors, config.tie_word_embeddings)
     del opened.tensors  # from here on each tensor is held once
-    expected = _shapes(config)
+    expected = {name: tensor.shape for name, tensor in blank_model(config).state_dict().items()}
     if config.tie_word_embeddings:
         del expected[HEAD]
     new = new_parameters(config)
@@ -117,12 +117,7 @@ def _build(
         model.generation_config = opened.generation_config
     record = {
         "schema_version": SCHEMA_VERSION,
-        "versions": {
-            "spikelm": spikelm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "source": {
             "name": opened.name,
             "kind": opened.kind,
@@ -143,11 +138,21 @@ def _build(
     return model, record
 
 
-def _shapes(config: SpikeLMConfig) -> dict[str, torch.Size]:
-    """Name -> shape of every tensor of a model, built without memory."""
+def versions() -> dict[str, str]:
+    """Of what a record's numbers may depend on."""
+    return {
+        "spikelm": spikelm.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def blank_model(config: SpikeLMConfig) -> SpikeLMForCausalLM:
+    """A model without values and without memory. Raises ValueError for a configuration that makes none."""
     try:
         with torch.device("meta"):
-            return {name: t.shape for name, t in SpikeLMForCausalLM(config).state_dict().items()}
+            return SpikeLMForCausalLM(config)
     except Exception as error:
         raise ValueError(f"The source's configuration does not make a model: {reason(error)}") from error
 

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,18 +35,25 @@ def check_out(out: Path, overwrite: bool) -> None:
 def write_folder(
     out: Path, model: "SpikeLMForCausalLM", source: "Source", record: dict[str, Any], overwrite: bool
 ) -> None:
-    """Write everything beside `out` first, then move it there; whatever goes wrong, no part of it stays."""
-    out = out.absolute()
-    created = [parent for parent in out.parents if not parent.exists()]
-    staging = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}")
-    try:
-        staging.mkdir(parents=True)
+    """Write a converted model with all that belongs to it."""
+    with staged(out, overwrite) as staging:
         model.save_pretrained(staging)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(staging)
         for licence in source.licence_files:
             shutil.copyfile(licence, staging / licence.name)
-        _write_record(staging, record)
+        write_record(staging, record)
+
+
+@contextmanager
+def staged(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out` to write in, moved there at the end; whatever goes wrong, no part of it stays."""
+    out = out.absolute()
+    created = [parent for parent in out.parents if not parent.exists()]
+    staging = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        staging.mkdir(parents=True)
+        yield staging
         check_out(out, overwrite)  # the work took a while
         _publish(staging, out)
     finally:
@@ -65,10 +74,11 @@ def add_measurements(folder: str | Path, measured: dict[str, float | int | str])
         raise ValueError(f"{folder} has no {RECORD}; expected the folder that a conversion wrote.")
     record = read_json(folder / RECORD)
     record["measured"] |= measured
-    _write_record(folder, record)
+    write_record(folder, record)
 
 
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record and the model card that follows from it, each as a whole."""
     for name, text in ((RECORD, json.dumps(record, indent=2) + "\n"), (CARD, model_card(record))):
         partial = folder / f".{name}.partial"
         partial.write_text(text, encoding="utf-8")

@@ -134,12 +134,12 @@ def map_tensors(
     absent = sorted({source_of(family, name) for name in set(expected) - new - set(mapped)})
     if absent:
         raise ValueError(
-            f"The source lacks {len(absent)} of the tensors that a {family.name} model needs: {_listed(absent)}. "
+            f"The source lacks {len(absent)} of the tensors that a {family.name} model needs: {listed(absent)}. "
             "They would be random: get the complete source."
         )
     if strangers := sorted((set(mapped) & new) | (new - set(expected))):
         raise ValueError(
-            f"The declared new parameters do not match the model: {_listed(strangers)}. This is a defect of the "
+            f"The declared new parameters do not match the model: {listed(strangers)}. This is a defect of the "
             "converter's tables: please report it with the source's config.json."
         )
     return mapped
@@ -153,12 +153,13 @@ def _stacked(shapes: list[torch.Size]) -> torch.Size:
 def _refuse(what: str, family: Family, names: list[str]) -> None:
     if names:
         raise ValueError(
-            f"The source holds {len(names)} {what.format(family.name)}: {_listed(sorted(names))}. Expected the "
+            f"The source holds {len(names)} {what.format(family.name)}: {listed(sorted(names))}. Expected the "
             f"tensors of {family.architecture}; convert a checkpoint without adapters or extra heads."
         )
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The first names of many, and how many more there are."""
     names = list(names)
     rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + rest

@@ -54,7 +54,7 @@ class Source:
     def tensors(self) -> dict[str, Tensor]:
         """The weights, read when they are first asked for. Raises ValueError for what is not plain, finite floats."""
         tensors = self.read()
-        _check_tensors(self.name, tensors)
+        check_tensors(self.name, tensors)
         return tensors
 
     @property
@@ -196,7 +196,7 @@ def _from_gguf(path: Path, name: str) -> Source:
     opened = Source(name, "gguf", config, partial(_read_gguf, path, name, config))
     opened.generation_config = _usable(GenerationConfig.from_model_config(config))
     opened.licence = metadata["license"]
-    opened.licence_files = _licences(path.parent)
+    opened.licence_files = licence_files(path.parent)
     _read_tokenizer(opened, place, gguf_file=gguf)
     return opened
 
@@ -232,10 +232,8 @@ def _gguf_metadata(path: Path, name: str) -> dict[str, Any]:
 
 def _read_surroundings(opened: Source, folder: Path) -> None:
     """Tokenizer, licence and licence files that lie in the source's folder."""
-    opened.licence_files = _licences(folder)
-    if (card := folder / "README.md").is_file():
-        stated = re.search(r"^license:\s*(\S+)\s*$", card.read_text(errors="replace"), re.MULTILINE)
-        opened.licence = stated.group(1) if stated else None
+    opened.licence_files = licence_files(folder)
+    opened.licence = stated_licence(folder)
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return
     _read_tokenizer(opened, folder)
@@ -248,7 +246,16 @@ def _read_tokenizer(opened: Source, folder: str | Path, **where: str) -> None:
         opened.notes.append(f"The source's tokenizer could not be loaded: {reason(error)}")
 
 
-def _licences(folder: Path) -> list[Path]:
+def stated_licence(folder: Path) -> str | None:
+    """The licence's name in the front matter of the folder's model card."""
+    if not (card := folder / "README.md").is_file():
+        return None
+    stated = re.search(r"^license:\s*(\S+)\s*$", card.read_text(errors="replace"), re.MULTILINE)
+    return stated.group(1) if stated else None
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """Licences and notices in a model folder."""
     found = {path for pattern in _LICENCES for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
 
@@ -268,7 +275,7 @@ def _usable(generation: GenerationConfig | None) -> GenerationConfig | None:
     return generation
 
 
-def _check_tensors(source: str, tensors: dict[str, Tensor]) -> None:
+def check_tensors(source: str, tensors: dict[str, Tensor]) -> None:
     """Raise ValueError for weights that are not plain, finite floats."""
     for name, tensor in _real(tensors):
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

@@ -38,7 +38,7 @@ def test_a_failure_while_writing_leaves_nothing(moment, failure, source, tmp_pat
 
         monkeypatch.setattr("spikelm.modeling.SpikeLMForCausalLM.save_pretrained", half)
     else:
-        monkeypatch.setattr(folder_module, {"record": "_write_record", "publish": "_publish"}[moment], fail)
+        monkeypatch.setattr(folder_module, {"record": "write_record", "publish": "_publish"}[moment], fail)
     with pytest.raises(type(failure)):
         convert(source, tmp_path / "deep" / "out", progress=False)
     assert listing(tmp_path) == []

@@ -1,0 +1,13 @@
+"""Published spiking checkpoints by kind. A new one is a file with its key table, a line here, and a test file."""
+
+from spikelm.conversion.published.kind import Kind
+from spikelm.conversion.published.spikingbrain import SPIKINGBRAIN_7B, SPIKINGBRAIN_W8ASPIKE
+
+KINDS = {kind.name: kind for kind in (SPIKINGBRAIN_7B, SPIKINGBRAIN_W8ASPIKE)}
+
+
+def kind_named(name: str) -> Kind:
+    """The kind called `name`. Raises ValueError for one that is not known, listing those that are."""
+    if name not in KINDS:
+        raise ValueError(f"Kind {name!r} is not known; expected one of: {', '.join(KINDS)}.")
+    return KINDS[name]

@@ -1,0 +1,51 @@
+"""Published architectures: their sizes, counted on the meta device."""
+
+import pytest
+import torch
+
+from spikelm import SpikeLMForCausalLM, presets
+
+PARAMETERS = {
+    "spikingbrain-7b": 7_616_542_976,  # published: Qwen2.5-7B's 7,615,616,512 and 14 gates and norms of 66,176
+    "spikingbrain-7b-w8aspike": 7_641_315_584,  # each of the 14 gates 512 x 3584 instead of 16 x 3584 + 512 x 16
+    "spikingbrain-tiny": 729_408,
+    "spikingbrain-tiny-w8aspike": 739_648,
+}
+
+
+def meta(name):
+    with torch.device("meta"):
+        return SpikeLMForCausalLM(presets.get(name))
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_parameters_are_as_many_as_published(name):
+    assert sum(parameter.numel() for parameter in meta(name).parameters()) == PARAMETERS[name]
+
+
+def test_dense_gates_are_all_that_w8aspike_adds():
+    more = PARAMETERS["spikingbrain-7b-w8aspike"] - PARAMETERS["spikingbrain-7b"]
+    assert more == 14 * (512 * 3584 - 16 * 3584 - 512 * 16)
+
+
+def test_layers_of_spikingbrain_alternate():
+    config = presets.get("spikingbrain-7b")
+    assert config.mixers == ["gla", "swa"] * 14
+    assert config.layer_types == ["linear_attention", "sliding_attention"] * 14
+    assert not config.is_spiking and presets.get("spikingbrain-7b-w8aspike").is_spiking
+
+
+def test_tiny_presets_run():
+    for name in ("spikingbrain-tiny", "spikingbrain-tiny-w8aspike"):
+        model = SpikeLMForCausalLM(presets.get(name)).eval()
+        assert model(torch.arange(20)[None]).logits.isfinite().all()
+
+
+def test_a_preset_is_a_new_configuration_each_time():
+    presets.get("spikingbrain-tiny").mixers[0] = "attention"
+    assert presets.get("spikingbrain-tiny").mixers[0] == "gla"
+
+
+def test_unknown_preset_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'spikingbrain-8b' is not known.*spikingbrain-7b"):
+        presets.get("spikingbrain-8b")
