@@ -139,9 +139,8 @@ def export_checkpoint(kind: str, model: str | Path, out: str | Path, *, progress
     if not (source / "config.json").is_file():
         raise ValueError(f"{model} has no config.json; expected a spikelm model folder.")
     config = read_config(source)
-    raw = published.config(config)
-    _check_expressible(source, published, config, raw)
-    blank = blank_model(config)
+    raw, rules, blank = published.config(config), published.rules(config), blank_model(config)
+    _check_expressible(source, published, rules, raw, blank)
     tensors = read_checkpoint(source, progress)
     expected, sites = _expected(blank), _site_tensors(blank)
     lacking, foreign = set(expected) - set(tensors) - set(sites), set(tensors) - set(expected)
@@ -154,12 +153,12 @@ def export_checkpoint(kind: str, model: str | Path, out: str | Path, *, progress
             f"{published.title} holds no tensors of spike sites, and {len(changed)} here are not at their published "
             f"values: {listed(sorted(changed))}. Keep the model in spikelm's own format."
         )
-    rules = published.rules(config)
     with staged(place, overwrite=False) as staging:
         bar = tqdm(rules, desc="Exporting", unit="rule", disable=not progress, delay=1.0)
         write_checkpoint(staging, _written(source, published, bar, tensors))
-        raw["torch_dtype"] = _dtype_name(_dtypes(tensors)[0])
-        (staging / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        if raw:  # some kinds have no configuration but the shapes of their tensors
+            raw["torch_dtype"] = _dtype_name(_dtypes(tensors)[0])
+            (staging / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         _copy_companions(source, staging)
 
 
@@ -279,13 +278,25 @@ def _written(
         yield from zip(rule.published, written, strict=True)
 
 
-def _check_expressible(source: Path, published: Kind, config: SpikeLMConfig, raw: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the published configuration means this model."""
-    theirs, ours = _meaning(_config(published, raw, {})), _meaning(config)
+def _check_expressible(
+    source: Path, published: Kind, rules: list[Rule], raw: Mapping[str, Any], blank: SpikeLMForCausalLM
+) -> None:
+    """Raise ValueError unless the published configuration, with the shapes of the tensors, means this model."""
+    expected = _expected(blank)
+    tensors: dict[str, Tensor] = {}
+    for rule in rules:
+        if all(name in expected for name in rule.ours):
+            tensors |= zip(rule.published, rule.write(*(expected[name] for name in rule.ours)), strict=True)
+    theirs, ours = _meaning(_config(published, raw, tensors)), _meaning(blank.config)
     differing = sorted(field for field in ours if ours[field] != theirs.get(field))
     if differing:
-        shown = [f"{field} ({ours[field]!r}, the format has {theirs.get(field)!r})" for field in differing]
+        shown = [f"{field} ({_brief(ours[field])}, the format has {_brief(theirs.get(field))})" for field in differing]
         raise ValueError(f"{source} cannot be written as {published.name}; it differs in {listed(shown)}.")
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _meaning(config: SpikeLMConfig) -> dict[str, Any]:
