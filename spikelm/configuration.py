@@ -41,8 +41,8 @@ class SpikeLMConfig(PreTrainedConfig):
             head_dim, hidden_act, max_position_embeddings, initializer_range, tie_word_embeddings: as in Llama.
             `num_key_value_heads` defaults to the query heads, `head_dim` to `hidden_size // num_attention_heads`.
         mixers: the token mixer of every layer: `attention` (full), `swa` (sliding window), `gla` (gated linear
-            attention), `retention`, `hgrn`, `mingru`, or two side by side as `gla+swa`. One name stands for all
-            layers.
+            attention), `retention`, `rwkv4`, `hgrn`, `mingru`, or two side by side as `gla+swa`. One name
+            stands for all layers.
         ffns: the channel mixer of every layer: `gated` (SwiGLU, GeGLU: decided by `hidden_act`), `rwkv` and
             `rwkv7` (squared ReLU behind a token shift), `none`.
         pre_norm, post_norm: norm before and after mixer and ffn (`rmsnorm`, `rmsnorm_1p` with weight 1 + w,

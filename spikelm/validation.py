@@ -20,7 +20,7 @@ FEATURE_MAPS = ("relu", "sigmoid", "softplus")
 GATES = ("low_rank", "dense", "tied")
 FFNS = ("gated", "rwkv", "rwkv7", "none")
 HEAD_MIXERS = ("attention", "swa", "gla", "retention")  # mix heads between shared q, k, v, o projections
-MIXERS = (*HEAD_MIXERS, "hgrn", "mingru")
+MIXERS = (*HEAD_MIXERS, "rwkv4", "hgrn", "mingru")
 ROTATED = frozenset({"attention", "swa", "retention"})
 
 # Fields that may be a list with one value for each layer.

@@ -49,6 +49,7 @@ PATTERNS = {
     "hgrn": {"mixers": "hgrn", "event_threshold": 0.1},
     "mingru-no-ffn": {"mixers": "mingru", "ffns": "none", "residual": False, "pre_norm": "identity"},
     "hgrn+swa": {"mixers": "hgrn+swa"},
+    "rwkv4": {"mixers": "rwkv4", "ffns": "rwkv", "pre_norm": "layernorm"},
     "rwkv-ffns": {"mixers": ["gla", "swa", "attention"], "ffns": ["rwkv", "rwkv7", "gated"]},
     # Neurons, where there are sites.
     "lif": {"mixers": "swa", "spike_neuron": "lif", "spike_code": "ternary", "neuron_threshold": 0.4},
