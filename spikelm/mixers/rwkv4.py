@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from spikelm.cache import Stateful, StateSpec
 from spikelm.ffns.rwkv import channel_ramp, orthogonal
 from spikelm.initial import declare
+from spikelm.kernels.runtime import wide_dtype
 from spikelm.kernels.wkv import wkv, wkv_step
 from spikelm.precision import KeepsDtype
 from spikelm.shift import Previous
@@ -69,7 +70,7 @@ class RWKV4(Stateful, nn.Module):
         key = self.k_proj(self.key_site(torch.lerp(before, x, self.mix_key), context))
         value = self.v_proj(self.value_site(torch.lerp(before, x, self.mix_value), context))
         receptance = self.r_proj(self.receptance_site(torch.lerp(before, x, self.mix_receptance), context))
-        decay, bonus = -self.time.decay.exp(), self.time.first
+        decay, bonus = -self.time.decay.to(wide_dtype(x)).exp(), self.time.first
         state = self.read_state(context, "wkv")
         single = x.shape[1] == 1 and context.valid is None and context.boundary is None
         if single and state is not None and not torch.is_grad_enabled():
