@@ -1,8 +1,8 @@
 """A softmax window and linear attention over everything before it, under one normaliser.
 
-    num_t = gamma * sum_{i in window} exp(s_ti - c_t) v_i + sum_{i before} (fq_t . fk_i) v_i     s_ti = scale * q_t . k_i
-    den_t = gamma * sum_{i in window} exp(s_ti - c_t)     + sum_{i before} (fq_t . fk_i)         c_t = max_window s_ti
-    o_t   = num_t / max(den_t, EPSILON)                   the window: the last `window` tokens, t among them
+    num_t = gamma * sum_{i in window} exp(s_ti - c_t) v_i + sum_{i before} (fq_t . fk_i) v_i    s_ti = scale * q_t . k_i
+    den_t = gamma * sum_{i in window} exp(s_ti - c_t)     + sum_{i before} (fq_t . fk_i)        c_t = max_window s_ti
+    o_t   = num_t / max(den_t, EPSILON)                  the window: the last `window` tokens, t among them
 
 q [B, T, H, D]   k [B, T, Hk, D]   v [B, T, Hk, V]   features fq [B, T, H, F], fk [B, T, Hk, F], >= 0   gamma [H], > 0
 o [B, T, H, V]. Query head h reads key-value head h // (H / Hk). This is the attention of LoLCATs (Zhang et al. 2024,

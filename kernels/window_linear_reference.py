@@ -48,9 +48,10 @@ def window_linear_reference(
         ]
         finals.append(_final(state, n, tokens, document, kept))
         if real.numel():
-            queries = q[row, real].to(wide) * scale, fq[row, real].to(wide)
+            query, asked = q[row, real].to(wide) * scale, fq[row, real].to(wide)
+            keys, values, features = (x.to(wide) for x in tokens)
             sums = state.sums[n], state.norm[n]
-            out = _outputs(*queries, *(x.to(wide) for x in (*tokens, gamma)), *sums, document, window)
+            out = _outputs(query, asked, keys, values, features, gamma.to(wide), *sums, document, window)
             o = o.index_put((torch.tensor(row, device=q.device), real), out.to(q.dtype))
     return o, WindowState(*map(torch.stack, zip(*finals)))
 

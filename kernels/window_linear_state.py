@@ -133,20 +133,22 @@ def last_state(
     age = 1 + (length[:, None] - 1 - torch.arange(kept, device=begin.device)) % max(kept, 1)
     written = age <= length[:, None]
     index = (end[:, None] - age).where(written, 0)
-    buffers = []
-    for x in tokens:
+
+    def gather(x: Tensor) -> Tensor:
         rows = x if x.shape[0] else x.new_zeros(1, *x.shape[1:])
-        buffers.append(rows[index].masked_fill(~written[:, :, None, None], 0.0).transpose(1, 2))
-    return WindowState(*buffers, sums, norm, length)
+        return rows[index].masked_fill(~written[:, :, None, None], 0.0).transpose(1, 2)
+
+    return WindowState(gather(tokens[0]), gather(tokens[1]), gather(tokens[2]), sums, norm, length)
 
 
 def empty_state(k: Tensor, v: Tensor, fk: Tensor, sequences: int, window: int) -> WindowState:
     """The state of `sequences` that have seen nothing; k, v and fk [..., Hk, C] give widths, dtypes and device."""
     shared, wide = k.shape[-2], wide_dtype(k, v, fk)
-    buffers = (x.new_zeros(sequences, shared, window - 1, x.shape[-1]) for x in (k, v, fk))
+    keys, values, features = (x.new_zeros(sequences, shared, window - 1, x.shape[-1]) for x in (k, v, fk))
     sums = k.new_zeros(sequences, shared, fk.shape[-1], v.shape[-1], dtype=wide)
     length = torch.zeros(sequences, dtype=torch.int64, device=k.device)
-    return WindowState(*buffers, sums, k.new_zeros(sequences, shared, fk.shape[-1], dtype=wide), length)
+    norm = k.new_zeros(sequences, shared, fk.shape[-1], dtype=wide)
+    return WindowState(keys, values, features, sums, norm, length)
 
 
 class Parts(NamedTuple):

@@ -1,16 +1,15 @@
 """Windowed softmax and linear attention in plain torch, tile by tile: the CPU path, forward and backward.
 
-A tile is CHUNK queries with the CHUNK + window - 1 tokens from the first key in the first query's window to the last
-query, here called its columns:
+A tile is CHUNK queries and its columns: the CHUNK + window - 1 tokens from the first key in the first query's window to
+the last query. With window - 1 zeros in front of a sequence, tile i has the columns from i * CHUNK on, and for row a
 
-    column b of row a:      b < a: has left the window, weight fq . fk      a <= b < a + window: in it, weight gamma exp
+    columns b < a have left the window: weight fq . fk     columns a <= b < a + window are in it: gamma exp(s - c)
 
-What lies before the columns is in the sums at the tile's start. From tile to tile these grow by the first CHUNK columns.
-With window - 1 zeros in front of a sequence, tile i has the columns from i * CHUNK on, and the columns of all tiles are
-one view of the keys. So the work is O(T (CHUNK + window)), in batches of as many tiles as TILE allows, and only the sums
-in front of each batch are kept.
+What lies before the columns is in the sums in front of the tile. From tile to tile these grow by the first CHUNK
+columns. So the work is O(T (CHUNK + window)). Tiles are taken in batches of as many as TILE allows; the backward pass
+keeps the sums in front of each batch.
 
-Layout of a batch: [N, Hk, n, rows, D], with rows = G * CHUNK for the G query heads of a key-value head, and n tiles.
+Layout of a batch: [N, Hk, n, rows, C], with rows = G * CHUNK for the G query heads of a key-value head, and n tiles.
 """
 
 from collections.abc import Iterator
@@ -97,15 +96,16 @@ class _Keys(NamedTuple):
         span = slice(tiles[0] * CHUNK, tiles[1] * CHUNK)
         return tuple(x[:, :, span].unflatten(2, (-1, CHUNK)) for x in (self.fk, self.v))
 
-    def masks(self, tiles: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Columns not in the window [n or 1, CHUNK, columns], first columns still in it [CHUNK, CHUNK]."""
-        row = torch.arange(CHUNK)[:, None]
-        column = torch.arange(CHUNK + self.window - 1)
-        outside = ((column < row) | (column >= row + self.window)).unsqueeze(0)
-        if tiles[0] * CHUNK < self.window - 1:
-            first = torch.arange(*tiles)[:, None, None] * CHUNK
+    def masks(self, tiles: tuple[int, int], group: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Columns out of the window [n or 1, rows, columns], first ones not left of it [rows, CHUNK], own [rows, 1]."""
+        column = torch.arange(CHUNK + self.window - 1, device=self.k.device)
+        row = column[:CHUNK].repeat(group).unsqueeze(1)
+        own = row + self.window - 1
+        outside = ((column < row) | (column > own)).unsqueeze(0)
+        if tiles[0] * CHUNK < self.window - 1:  # the zeros in front of the sequence
+            first = torch.arange(*tiles, device=self.k.device)[:, None, None] * CHUNK
             outside = outside | (first + column < self.window - 1)
-        return outside, column[:CHUNK] >= row
+        return outside, column[:CHUNK] >= row, own
 
 
 def _rows(run: _Run, x: Tensor, shared: int, tiles: tuple[int, int], wide: torch.dtype) -> Tensor:
@@ -187,21 +187,17 @@ def forward(
             left_f, left_v = keys.leaving(tiles)
             state = _grow(sums[run.states], left_f.mT @ left_v)
             past = _grow(norm[run.states], left_f.sum(3))
-            outside, inside = keys.masks(tiles)
+            outside, inside, own = keys.masks(tiles, heads // shared)
 
-            scores = q_.mul_(scale) @ keys.columns(keys.k, tiles).mT
-            _by_query(scores).masked_fill_(outside.unsqueeze(1), -torch.inf)
+            scores = (q_.mul_(scale) @ keys.columns(keys.k, tiles).mT).masked_fill_(outside, -torch.inf)
             top, column = scores.max(-1, keepdim=True)
             weights = scores.sub_(top).exp_().mul_(factor)
-            linear = fq_ @ left_f.mT
-            _by_query(linear).masked_fill_(inside, 0.0)
-            weights[..., :CHUNK] += linear
+            weights[..., :CHUNK] += (fq_ @ left_f.mT).masked_fill_(inside, 0.0)
             num = fq_ @ state[:, :, :-1] + weights @ keys.columns(keys.v, tiles)
             den = fq_ @ past[:, :, :-1].unsqueeze(-1) + weights.sum(-1, keepdim=True)
-            row = torch.arange(CHUNK).repeat(heads // shared)[:, None]
             _put(run, out, num.div_(den.clamp_min(EPSILON)), tiles)
             _put(run, weight, torch.cat([top, den], -1), tiles)
-            _put(run, peak, row + window - 1 - column, tiles)
+            _put(run, peak, own - column, tiles)
             sums[run.states], norm[run.states] = state[:, :, -1], past[:, :, -1]
     return out, sums, norm, weight, peak.squeeze(-1)
 
@@ -244,40 +240,40 @@ def backward(
             states.append(states[-1] + (left_f.mT @ left_v).sum(2))
             pasts.append(pasts[-1] + left_f.sum((2, 3)))
         for tiles, first, before in zip(reversed(run.batches()), reversed(states), reversed(pasts)):
-            tensors = q, fq, do, o, weight, peak.unsqueeze(-1)
-            q_, fq_, do_, o_, weight_, peak_ = (_rows(run, x, shared, tiles, wide) for x in tensors)
+            q_, fq_, do_, weight_ = (_rows(run, x, shared, tiles, wide) for x in (q, fq, do, weight))
+            peak_ = _rows(run, peak.unsqueeze(-1), shared, tiles, torch.int64)
             left_f, left_v = keys.leaving(tiles)
             state = _grow(first, left_f.mT @ left_v)[:, :, :-1]
             past = _grow(before, left_f.sum(3))[:, :, :-1]
-            outside, inside = keys.masks(tiles)
+            outside, inside, own = keys.masks(tiles, heads // shared)
             columns_k, columns_v = keys.columns(keys.k, tiles), keys.columns(keys.v, tiles)
 
             top, den = weight_[..., :1], weight_[..., 1:]
             dnum = do_ / den.clamp_min(EPSILON)
-            dden = ((dnum * o_).sum(-1, keepdim=True)).neg_().masked_fill_(den < EPSILON, 0.0)
-            dweights = (dnum @ columns_v.mT).add_(dden)
-            window_weights = (q_.mul_(scale) @ columns_k.mT).sub_(top)
-            _by_query(window_weights).masked_fill_(outside.unsqueeze(1), -torch.inf)
-            window_weights.exp_()
-            dscores = dweights * window_weights
-            through_gamma = dscores.sum(-1, keepdim=True)
-            dgamma += _by_query(through_gamma).sum((0, 2, 4, 5)).flatten()
-            row = torch.arange(CHUNK).repeat(heads // shared)[:, None]
-            dscores.scatter_add_(-1, row + window - 1 - peak_.long(), -through_gamma)
-            dscores.mul_(factor)
-            weights = window_weights.mul_(factor)
+            products = dnum @ columns_v.mT
+            linear = (fq_ @ left_f.mT).masked_fill_(inside, 0.0)
+            dfq = dnum @ state.mT
+            before = linear.sum(-1, keepdim=True) + fq_ @ past.unsqueeze(-1)
+            dbefore = (linear * products[..., :CHUNK]).sum(-1, keepdim=True) + (fq_ * dfq).sum(-1, keepdim=True)
 
-            linear = fq_ @ left_f.mT
-            dlinear = dweights[..., :CHUNK].contiguous()
-            for x in (linear, dlinear):
-                _by_query(x).masked_fill_(inside, 0.0)
-            weights[..., :CHUNK] += linear
+            weights = (q_.mul_(scale) @ columns_k.mT).sub_(top).masked_fill_(outside, -torch.inf).exp_()
+            dscores = weights * products
+            now, dnow = weights.sum(-1, keepdim=True), dscores.sum(-1, keepdim=True)
+            counts, den = den >= EPSILON, den.clamp_min(EPSILON)
+            dden = torch.where(counts, (dnow * factor + dbefore) / -den, 0.0)
+            # The sum of the gradients of p = exp(s - c), without its large terms, which cancel.
+            dp = torch.where(counts, (before * dnow - now * dbefore) / den, dnow)
+            dgamma += dp.unflatten(3, (-1, CHUNK)).sum((0, 2, 4, 5)).flatten()
+            dscores.addcmul_(weights, dden)
+            dscores.scatter_add_(-1, own - peak_, -dscores.sum(-1, keepdim=True)).mul_(factor)
+            weights.mul_(factor)[..., :CHUNK] += linear
+            dlinear = (products[..., :CHUNK] + dden).masked_fill_(inside, 0.0)
             dstate = _shrink(fq_.mT @ dnum, dsums[run.states])
             dpast = _shrink((fq_ * dden).sum(3), dnorm[run.states])
             dsums[run.states], dnorm[run.states] = dstate[:, :, 0], dpast[:, :, 0]
 
             dq = (dscores @ columns_k).mul_(scale)
-            dfq = dlinear @ left_f + dnum @ state.mT + dden * past.unsqueeze(3)
+            dfq += dlinear @ left_f + dden * past.unsqueeze(3)
             _put(run, grads[0], dq, tiles)
             _put(run, grads[3], dfq, tiles)
             _spread(dk, dscores.mT @ q_, tiles)
@@ -295,8 +291,3 @@ def backward(
 def _per_row(gamma: Tensor, shared: int) -> Tensor:
     """[H] -> [Hk, 1, G * CHUNK, 1]."""
     return gamma.view(shared, 1, -1, 1, 1).expand(-1, -1, -1, CHUNK, -1).flatten(2, 3)
-
-
-def _by_query(x: Tensor) -> Tensor:
-    """[N, Hk, n, G * CHUNK, C] -> [N, Hk, n, G, CHUNK, C]; a view."""
-    return x.unflatten(3, (-1, CHUNK))
