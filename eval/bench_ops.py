@@ -17,6 +17,8 @@ from spikelm.kernels.scan import scan, scan_reference, scan_step
 from spikelm.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
 from spikelm.kernels.spike_encode import spike_encode, spike_encode_reference
 from spikelm.kernels.spike_train import expand, expand_reference
+from spikelm.kernels.window_linear import window_linear
+from spikelm.kernels.window_linear_reference import window_linear_reference
 from spikelm.kernels.wkv import EMPTY, wkv, wkv_reference, wkv_step
 
 
@@ -84,6 +86,19 @@ def _teacher_inputs(s: Sizes, draw: Callable[..., Tensor]) -> list[Tensor]:
     return [draw(s.batch, s.length, s.channels), *(draw(VOCABULARY, s.channels) / s.channels**0.5 for _ in range(2))]
 
 
+WINDOW = 64
+
+
+def _window_inputs(s: Sizes, draw: Callable[..., Tensor]) -> list[Tensor]:
+    q, k, v, fq, fk = (draw(s.batch, s.length, s.heads, s.width) for _ in range(5))
+    return [q, k, v, fq.softmax(-1), fk.softmax(-1), draw(s.heads).sigmoid()]
+
+
+def _window_flops(s: Sizes) -> float:
+    """Two products of a query with its window, an update and a product of the sums."""
+    return 4.0 * s.batch * s.length * s.heads * s.width * (WINDOW + s.width)
+
+
 def _lif_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     params = torch.tensor([[0.5], [1.0]], device=x.device).expand(2, x.shape[-1])
     state = torch.zeros(x.shape[0], 1, x.shape[-1], device=x.device)
@@ -131,6 +146,14 @@ OPS: dict[str, Op] = {
         simple_gla_step,
         lambda s: (s.batch, s.heads, s.width, s.width),
         peers={"fla": ("fla.ops.simple_gla", lambda m: m.chunk_simple_gla)},
+    ),
+    "window_linear": Op(
+        _window_inputs,
+        lambda *x: window_linear(*x, window=WINDOW),
+        lambda *x: window_linear_reference(*x, window=WINDOW),
+        _window_flops,
+        narrow=5,
+        parameters=1,
     ),
     "scan": Op(
         lambda s, draw: [draw(s.batch, s.length, s.channels), draw(s.batch, s.length, s.channels).sigmoid()],

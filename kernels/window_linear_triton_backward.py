@@ -41,7 +41,7 @@ def window_linear_queries_backward_kernel(
     i_ch = tl.program_id(0).to(tl.int64)
     i_c, i_h = i_ch // heads, i_ch % heads
     i_s = i_h // (heads // shared)
-    i_0, i, t_0, t_end, _ = locate(parts, bounds, offsets, i_c, BT)
+    i_0, i, t_0, t_end, _n = locate(parts, bounds, offsets, i_c, BT)
     i_first = tl.maximum(i - tl.cdiv(window - 1, BT), 0)
     o_i, o_d, o_f, o_v = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, BV)
     o_t = t_0 + i * BT + o_i
@@ -129,7 +129,7 @@ def window_linear_states_backward_kernel(
         for i_g in range(0, heads // shared):
             i_h = i_s * (heads // shared) + i_g
             b_fq = load_rows(fq, o_t, m_t, heads, i_h, o_f, F)  # [BT, BF]
-            b_dn, _, _ = load_gradient(do, weight, o_t, m_t, heads, i_h, o_v, V, EPSILON)
+            b_dn, _c, _den = load_gradient(do, weight, o_t, m_t, heads, i_h, o_v, V, EPSILON)
             b_dd = tl.load(rows + 3 * (o_t * heads + i_h), mask=m_t, other=0.0)
             b_dh += dot(tl.trans(b_fq.to(DT)), b_dn.to(DT), PRECISION)
             b_dz += tl.sum(b_fq * b_dd[:, None], 0)
@@ -147,7 +147,7 @@ def window_linear_keys_backward_kernel(
     """dk, dv and dfk of one tile and key-value head."""
     i_cs = tl.program_id(0).to(tl.int64)
     i_c, i_s = i_cs // shared, i_cs % shared
-    _, i, t_0, t_end, n_tiles = locate(parts, bounds, offsets, i_c, BT)
+    _i, i, t_0, t_end, n_tiles = locate(parts, bounds, offsets, i_c, BT)
     reach = tl.cdiv(window - 1, BT)
     o_i, o_d, o_f, o_v = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, BV)
     o_j = t_0 + i * BT + o_i
@@ -172,7 +172,7 @@ def window_linear_keys_backward_kernel(
             o_t = t_0 + i_t * BT + o_i
             m_t = o_t < t_end
             b_q = load_rows(q, o_t, m_t, heads, i_h, o_d, D) * scale
-            b_dn, b_c, _ = load_gradient(do, weight, o_t, m_t, heads, i_h, o_v, V, EPSILON)
+            b_dn, b_c, _den = load_gradient(do, weight, o_t, m_t, heads, i_h, o_v, V, EPSILON)
             o_th = o_t * heads + i_h
             b_dd = tl.load(rows + 3 * o_th, mask=m_t, other=0.0)
             b_dc = tl.load(rows + 3 * o_th + 1, mask=m_t, other=0.0)
@@ -187,7 +187,7 @@ def window_linear_keys_backward_kernel(
             m_t = o_t < t_end
             m_past = o_t[:, None] - o_j[None, :] >= window
             b_fq = load_rows(fq, o_t, m_t, heads, i_h, o_f, F)
-            b_dn, _, _ = load_gradient(do, weight, o_t, m_t, heads, i_h, o_v, V, EPSILON)
+            b_dn, _c, _den = load_gradient(do, weight, o_t, m_t, heads, i_h, o_v, V, EPSILON)
             b_dd = tl.load(rows + 3 * (o_t * heads + i_h), mask=m_t, other=0.0)
             b_l = tl.where(m_past, dot(b_fq.to(DT), tl.trans(b_fk.to(DT)), PRECISION), 0.0)
             b_dl = tl.where(m_past, dot(b_dn.to(DT), tl.trans(b_v.to(DT)), PRECISION) + b_dd[:, None], 0.0)

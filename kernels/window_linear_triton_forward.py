@@ -92,7 +92,7 @@ def window_linear_output_kernel(
     i_ch = tl.program_id(0).to(tl.int64)
     i_c, i_h = i_ch // heads, i_ch % heads
     i_s = i_h // (heads // shared)
-    i_0, i, t_0, t_end, _ = locate(parts, bounds, offsets, i_c, BT)
+    i_0, i, t_0, t_end, _n = locate(parts, bounds, offsets, i_c, BT)
     i_first = tl.maximum(i - tl.cdiv(window - 1, BT), 0)
     o_i, o_d, o_f, o_v = tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, BV)
     o_t = t_0 + i * BT + o_i

@@ -54,7 +54,14 @@ def wkv(leaf, width):
         wkv(k, v, leaf(width), leaf(width), **masks)[0].sum().backward()
 
 
-CALLS = (attention, scan, lif, spike_encode, spike_train, wkv)
+def window_linear(leaf, width):
+    from spikelm.kernels.window_linear import window_linear
+
+    q, k, v, fq, fk = (leaf(1, 4, 2, width) for _ in range(5))
+    window_linear(q, k, v, fq, fk, leaf(2) + 1, window=3)[0].sum().backward()
+
+
+CALLS = (attention, window_linear, scan, lif, spike_encode, spike_train, wkv)
 
 
 def run_every_op(dtype, width):
