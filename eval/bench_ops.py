@@ -17,8 +17,9 @@ from spikelm.kernels.scan import scan, scan_reference, scan_step
 from spikelm.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
 from spikelm.kernels.spike_encode import spike_encode, spike_encode_reference
 from spikelm.kernels.spike_train import expand, expand_reference
-from spikelm.kernels.window_linear import window_linear
+from spikelm.kernels.window_linear import window_linear, window_linear_step
 from spikelm.kernels.window_linear_reference import window_linear_reference
+from spikelm.kernels.window_linear_state import WindowState
 from spikelm.kernels.wkv import EMPTY, wkv, wkv_reference, wkv_step
 
 
@@ -99,6 +100,23 @@ def _window_flops(s: Sizes) -> float:
     return 4.0 * s.batch * s.length * s.heads * s.width * (WINDOW + s.width)
 
 
+def _windowed(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        o, state = function(*inputs, window=WINDOW)
+        return o, *state
+
+    return run
+
+
+def _window_step(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """A step from a full window, whose parts are cut from one tensor [B, H, 3 (WINDOW - 1) + width + 1, width]."""
+    *tokens, gamma, whole = inputs
+    length = torch.full(whole.shape[:1], WINDOW, device=whole.device)
+    keys, values, features, sums, norm = whole.split([WINDOW - 1] * 3 + [whole.shape[3], 1], 2)
+    o, state = window_linear_step(*tokens, gamma, WindowState(keys, values, features, sums, norm.squeeze(2), length))
+    return o, *state
+
+
 def _lif_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     params = torch.tensor([[0.5], [1.0]], device=x.device).expand(2, x.shape[-1])
     state = torch.zeros(x.shape[0], 1, x.shape[-1], device=x.device)
@@ -149,9 +167,11 @@ OPS: dict[str, Op] = {
     ),
     "window_linear": Op(
         _window_inputs,
-        lambda *x: window_linear(*x, window=WINDOW),
-        lambda *x: window_linear_reference(*x, window=WINDOW),
+        _windowed(window_linear),
+        _windowed(window_linear_reference),
         _window_flops,
+        _window_step,
+        lambda s: (s.batch, s.heads, 3 * (WINDOW - 1) + s.width + 1, s.width),
         narrow=5,
         parameters=1,
     ),

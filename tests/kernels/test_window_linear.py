@@ -158,7 +158,7 @@ def compare(case, device, uses=("o", *FLOATS)):
     assert torch.equal(results.pop("length"), expected.pop("length"))
     for name, want in expected.items():
         if name == "dgamma" and want.abs().max() < 1e-12:  # no past, so gamma cancels
-            assert results[name].abs().max() < 1e-5
+            assert (results[name] == 0).all()
         else:
             assert_close(f"{case} {name}", results[name], want, RATIOS[case.dtype])
 
@@ -224,7 +224,7 @@ def test_a_window_over_everything_is_softmax_attention(device, window):
     o, state = window_linear(q, k, v, fq, fk, gamma, window=window)
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
     assert_close("o", o, expected, 2e-6)
-    assert (state.sums == 0).all() and (state.norm == 0).all()
+    assert (state.norm == 0).all() == (window > 20)  # the next token's window begins with the second one
 
 
 @around
@@ -309,7 +309,7 @@ def test_steps_equal_the_sequence(window, dtype):
     if dtype == torch.float64:
         grads = (torch.autograd.grad(x, leaves, do) for x in (o, torch.stack(steps, 1)))
         for name, got, want in zip(INPUTS, *grads):
-            if name != "dgamma" and (name != "gamma" or window < 40):
+            if name != "gamma" or window < 40:  # no past, no gradient
                 assert_close(name, got, want, 1e-11)
 
 
