@@ -16,8 +16,9 @@ from spikelm.kernels.window_linear_triton_backward import (
 from spikelm.kernels.window_linear_triton_forward import window_linear_output_kernel, window_linear_states_kernel
 
 # Tokens of a tile for half-precision products and for full ones, which need registers where the others use matrix
-# units. Small tiles let the interpreter's small cases cross several of them.
-HALF, FULL = (16, 16) if INTERPRETED else (64, 32)
+# units; half as many where rows are wider than WIDE. Small tiles let the interpreter's small cases cross several.
+HALF, FULL = 64, 32
+WIDE = 64
 # Widest tile of the sums.
 STATE = 64
 
@@ -134,11 +135,12 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor) -> dict:
     kinds = {x.dtype for x in (q, k, v, fq, fk)}
     half = kinds <= {torch.float16, torch.bfloat16}
     widths = {"D": q.shape[-1], "F": fq.shape[-1], "V": v.shape[-1]}
+    size = (HALF if half else FULL) // (2 if max(widths.values()) > WIDE else 1)
     return {
         **widths,
         "EPSILON": EPSILON,
         "PRECISION": "tf32" if half else "ieee",
         "DT": tl.bfloat16 if kinds == {torch.bfloat16} else tl.float32,
-        "BT": HALF if half else FULL,
+        "BT": 16 if INTERPRETED else size,
         **{"B" + name: next_power_of_two(width) for name, width in widths.items()},
     }
