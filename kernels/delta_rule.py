@@ -6,7 +6,7 @@
 q, k, a, b [B, T, H, K]   v [B, T, H, V]   g [B, T, H, K] or, one per head, [B, T, H, 1]   o [B, T, H, V]
 state [N, H, K, V], float32 or better: key channels are rows, in both functions below.
 
-`gated_delta_rule` is Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464): a = -beta exp(g) k, b = k, v times beta.
+`gated_delta_rule` is Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464): a = -beta exp(g) k, b = k, beta v for v.
 `generalized_delta_rule` is the time mix of RWKV-7 (Peng et al. 2025, arXiv 2503.14456), whose papers write the state
 transposed. Both run the registered op `spikelm::delta_rule`, and that runs `delta_rule_torch.py` on the CPU and in
 float64, and the kernels of `delta_rule_triton.py` otherwise.
@@ -70,7 +70,7 @@ def gated_delta_rule(
     strength = beta.to(wide).unsqueeze(-1)
     # In the wide dtype: rounded once more, they would cost as much precision as the inputs' own rounding.
     erase, value = -strength * _decay(g, wide).unsqueeze(-1) * k, strength * v
-    return delta_rule(q, k, value, g.unsqueeze(-1), erase, k, initial_state, cu_seqlens, float(scale))
+    return delta_rule(q, k, value, g.unsqueeze(-1), erase, None, initial_state, cu_seqlens, float(scale))
 
 
 def generalized_delta_rule(
@@ -268,12 +268,15 @@ def delta_rule(
     v: Tensor,
     g: Tensor,
     a: Tensor,
-    b: Tensor,
+    b: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The registered op under both functions: g [B, T, H, K] or [B, T, H, 1], and `a` is zero where g is a reset."""
+    """The registered op under both functions: g [B, T, H, K] or [B, T, H, 1], and `a` is zero where g is a reset.
+
+    Without b, k takes its place: half of the work.
+    """
     tensors = contiguous(q, k, v, g, a, b, initial_state)
     return _path(*tensors).forward(*tensors, cu_seqlens, scale, GATE_FLOOR)
 
@@ -295,12 +298,12 @@ def delta_rule_backward(
     v: Tensor,
     g: Tensor,
     a: Tensor,
-    b: Tensor,
+    b: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g, a, b and the initial states."""
+) -> list[Tensor]:
+    """Gradients of q, k, v, g, a, b (if it is given) and the initial states."""
     do, dfinal, *tensors = contiguous(do, dfinal, q, k, v, g, a, b, initial_state)
     return _path(*tensors).backward(do, dfinal, *tensors, cu_seqlens, scale, GATE_FLOOR)
 
@@ -310,7 +313,7 @@ def _(do, dfinal, q, k, v, g, a, b, initial_state, cu_seqlens, scale):
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wide = wide_dtype(q, k, v, g, a, b, initial_state)
     state = q.new_empty(sequences, *k.shape[2:], v.shape[-1], dtype=wide)
-    return *(x.new_empty(x.shape) for x in (q, k, v, g, a, b)), state
+    return [*(x.new_empty(x.shape) for x in (q, k, v, g, a, b) if x is not None), state]
 
 
 def _path(*tensors: Tensor | None):
@@ -332,8 +335,9 @@ def _differentiate(ctx, do: Tensor | None, dfinal: Tensor | None):
     if do is None and dfinal is None:
         return (None,) * 9
     saved = ctx.saved_tensors  # read once: activation checkpointing allows no second time
-    initial_state = saved[6]
+    b, initial_state = saved[5:7]
     *grads, dstate = delta_rule_backward(do, dfinal, *saved, ctx.scale)
+    grads += [None] * (b is None)
     return *grads, None if initial_state is None else dstate.to(initial_state.dtype), None, None
 
 

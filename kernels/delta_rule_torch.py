@@ -12,9 +12,12 @@ A_ab is strictly lower triangular, so U = T (a~ S + A_ak V) with T = (I - A_ab)^
 The backward pass solves the transposed system: G, the gradient of U, meets T^T, and with U and G known the rest is the
 gradient of linear attention.
 
+Where one key serves both writes (b = k), the two are one write of z_t = u_t + v_t, and Z = T (a~ S + V): no score
+matrix of k is needed. Below, u then stands for z.
+
 `a` reads before the token's own decay, q after it. Both become reads before it by giving q its own decay as a factor;
-only the token's own two writes meet the bare q. Rows of a tile hold (a, q), columns (b, k), their values (u, v), each
-with the pair behind time: [chunks, N, H, C, 2, D].
+only the token's own two writes meet the bare q. Rows of a tile hold (a, q), columns (b, k) or k alone, their values
+(u, v) or z, each behind time: [chunks, N, H, C, 2 or 1, D].
 """
 
 from collections.abc import Iterator
@@ -25,6 +28,8 @@ from torch import Tensor
 from spikelm.kernels import gla_torch as gla
 from spikelm.kernels.runtime import wide_dtype
 
+CHUNK = 16
+
 
 def forward(
     q: Tensor,
@@ -32,19 +37,19 @@ def forward(
     v: Tensor,
     g: Tensor,
     a: Tensor,
-    b: Tensor,
+    b: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     floor: float,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, H, V] and final states [N, H, K, V]; arguments as in `delta_rule`, checked."""
-    tokens = [x.unsqueeze(3) for x in (q, k, v, g, a, b)]
+    tokens = [None if x is None else x.unsqueeze(3) for x in (q, k, v, g, a, b)]
     finals = _states(tokens, state, cu_seqlens)
     out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-    for part, tiles in gla._tiles(tokens[0], tokens[1], tokens[2], cu_seqlens):
+    for part, tiles in gla._tiles(*tokens[:3], cu_seqlens, CHUNK):
         for tile in tiles:
-            work = _Tile([x[tile] for x in tokens], finals.dtype, floor)
+            work = _Tile(_at(tokens, tile), finals.dtype, floor)
             piece, finals[part] = work.forward(finals[part], scale)
             gla._put(out.unsqueeze(3), tile, piece)
     return out, finals
@@ -58,35 +63,39 @@ def backward(
     v: Tensor,
     g: Tensor,
     a: Tensor,
-    b: Tensor,
+    b: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     floor: float,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v, g, a, b and of the initial state. Everything inside a tile is computed anew."""
-    tokens = [x.unsqueeze(3) for x in (q, k, v, g, a, b)]
+) -> list[Tensor]:
+    """Gradients of q, k, v, g, a, b (if it is given) and of the initial state. Everything inside a tile is computed anew."""
+    tokens = [None if x is None else x.unsqueeze(3) for x in (q, k, v, g, a, b)]
     starts = _states(tokens, state, cu_seqlens)
     dstates = torch.zeros_like(starts) if dfinal is None else dfinal.to(starts.dtype, copy=True)
     do = torch.zeros(v.shape, dtype=q.dtype, device=q.device) if do is None else do
-    grads = tuple(torch.empty_like(x) for x in (q, k, v, g, a, b))
-    for part, tiles in gla._tiles(tokens[0], tokens[1], tokens[2], cu_seqlens):
+    grads = [torch.empty_like(x) for x in (q, k, v, g, a, b) if x is not None]
+    for part, tiles in gla._tiles(*tokens[:3], cu_seqlens, CHUNK):
         entries = [starts[part]]
         for tile in tiles[:-1]:
-            work = _Tile([x[tile] for x in tokens], starts.dtype, floor)
+            work = _Tile(_at(tokens, tile), starts.dtype, floor)
             entries.append(work.solve(entries[-1])[1][-1])
         for tile, entry in zip(reversed(tiles), reversed(entries)):
-            work = _Tile([x[tile] for x in tokens], starts.dtype, floor)
-            upstream = gla._cut(do.unsqueeze(3)[tile], starts.dtype).mul_(scale)
+            work = _Tile(_at(tokens, tile), starts.dtype, floor)
+            upstream = gla._cut(do.unsqueeze(3)[tile], starts.dtype, CHUNK).mul_(scale)
             pieces, dstates[part] = work.backward(entry, upstream, dstates[part])
             for grad, piece in zip(grads, pieces):
                 gla._put(grad.unsqueeze(3), tile, piece)
     if g.numel() and g.amin() < floor:
         grads[3].masked_fill_(g < floor, 0.0)
-    return *grads, dstates
+    return [*grads, dstates]
 
 
-def _states(tokens: list[Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _at(tokens: list[Tensor | None], tile: tuple[slice, ...]) -> list[Tensor | None]:
+    return [None if x is None else x[tile] for x in tokens]
+
+
+def _states(tokens: list[Tensor | None], state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """A copy of the initial states in the wide dtype."""
     wide = wide_dtype(*tokens, state)
     if state is not None:
@@ -99,60 +108,67 @@ def _states(tokens: list[Tensor], state: Tensor | None, cu_seqlens: Tensor | Non
 class _Tile:
     """What is known of the chunks of a tile before their first state is.
 
-    `within` [2, 2, chunks, N, H, C, C] are the four score matrices, (a, q) times (b, k); `past` and `future` the decays
-    [chunks, N, H, C, W] from a chunk's start to before a token, and after a token to the chunk's end.
+    `within` [2, m, chunks, N, H, C, C] are the score matrices, (a, q) times (b, k) or b alone; `past` and `future` the
+    decays [chunks, N, H, C, W] from a chunk's start to before a token, and after a token to the chunk's end.
     """
 
-    def __init__(self, tokens: list[Tensor], wide: torch.dtype, floor: float):
-        q, k, v, g, a, b = (gla._cut(x, wide) for x in tokens)
+    def __init__(self, tokens: list[Tensor | None], wide: torch.dtype, floor: float):
+        q, k, v, g, a, b = (None if x is None else gla._cut(x, wide, CHUNK) for x in tokens)
         self.q, self.v, self.decay = q, v.squeeze(4), gla._decay(g, floor)
-        self.rows, self.columns = torch.cat([a, q * self.decay.unsqueeze(4)], 4), torch.cat([b, k], 4)
+        self.rows = torch.cat([a, q * self.decay.unsqueeze(4)], 4)
+        self.columns = k if b is None else torch.cat([b, k], 4)
         scores = self._scores()
         _own(scores).copy_((q * self.columns).sum(-1))
-        chunk = q.shape[3]
-        self.within = scores.view(*q.shape[:3], chunk, 2, chunk, 2).permute(4, 6, 0, 1, 2, 3, 5).contiguous()
+        self.within = scores.permute(4, 6, 0, 1, 2, 3, 5).contiguous()
         self.inverse = _inverse(self.within[0, 0])
         self.past, self.future = _whole(self.decay)
         self.keep = (self.past[..., -1, :] * self.decay[..., -1, :]).unsqueeze(-1)
         self.read, self.write = self.rows * self.past.unsqueeze(4), self.columns * self.future.unsqueeze(4)
 
     def solve(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """u [chunks, N, H, C, V], states at chunk bounds [chunks + 1, N, H, K, V], and T a~ [chunks, N, H, C, K]."""
-        (reads, _), (erases, writes) = self.read.unbind(4), self.write.unbind(4)
-        reads = self.inverse @ reads
-        u = self.inverse @ (self.within[0, 1] @ self.v)
-        states = gla._enter(writes.mT, self.v, first=state)
+        """u (z) [chunks, N, H, C, V], states at chunk bounds [chunks + 1, N, H, K, V], T a~ [chunks, N, H, C, K]."""
+        reads = self.inverse @ self.read.select(4, 0)
+        erase, *write = self.write.unbind(4)
+        u = self.inverse @ (self.within[0, 1] @ self.v if write else self.v)
+        states = u.new_zeros(len(u) + 1, *state.shape)
+        states[0] = state
+        if write:
+            torch.matmul(write[0].mT, self.v, out=states[1:])
         for i in range(len(u)):
             now, after = slice(i, i + 1), slice(i + 1, i + 2)
             gla._add_product(u[now], reads[now], states[now])
-            gla._add_product(states[after], erases[now].mT, u[now])
+            gla._add_product(states[after], erase[now].mT, u[now])
             states[after].addcmul_(self.keep[now], states[now])
         return u, states, reads
 
     def forward(self, state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Outputs [chunks, N, H, C, 1, V] and the last state."""
         u, states, _ = self.solve(state)
-        out = gla._add_product(self.within[1, 1] @ self.v, self.within[1, 0], u)
+        out = self.within[1, 0] @ u
+        if self.columns.shape[4] == 2:
+            gla._add_product(out, self.within[1, 1], self.v)
         return gla._add_product(out, self.read.select(4, 1), states[:-1]).mul_(scale).unsqueeze(4), states[-1]
 
     def backward(self, state: Tensor, do: Tensor, dstate: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Gradients of q, k, v, g, a, b and of the first state; `do` comes scaled."""
+        """Gradients of q, k, v, g, a, b (if it is given) and of the first state; `do` comes scaled."""
         u, states, reads = self.solve(state)
-        erases, writes = self.write.unbind(4)
+        erase, *write = self.write.unbind(4)
         do = do.squeeze(4)
-        du = self.within[1, 0].mT @ do  # through T too once it is complete
+        du = self.within[1, 0].mT @ do  # of u as a result; through T below it becomes that of what T acts on
         dstates = gla._enter(self.read.select(4, 1).mT, do, last=dstate)
         for i in reversed(range(len(u))):
             now, after = slice(i, i + 1), slice(i + 1, i + 2)
-            gla._add_product(du[now], erases[now], dstates[after])
+            gla._add_product(du[now], erase[now], dstates[after])
             gla._add_product(dstates[now], reads[now].mT, du[now])
             dstates[now].addcmul_(self.keep[now], dstates[after])
         du = self.inverse.mT @ du
-        dv = gla._add_product(self.within[1, 1].mT @ do, self.within[0, 1].mT, du)
-        gla._add_product(dv, writes, dstates[1:])
-
-        upstream, values = torch.stack([du, do], 4).flatten(3, 4), torch.stack([u, self.v], 4).flatten(3, 4)
-        dscores = upstream @ values.mT
+        dv, values = du, u
+        if write:
+            dv = gla._add_product(self.within[1, 1].mT @ do, self.within[0, 1].mT, du)
+            gla._add_product(dv, write[0], dstates[1:])
+            values = torch.stack([u, self.v], 4).flatten(3, 4)
+        upstream = torch.stack([du, do], 4).flatten(3, 4)
+        dscores = (upstream @ values.mT).view(*self.rows.shape[:5], *self.columns.shape[3:5])
         dread = (upstream @ states[:-1].mT).view(self.rows.shape)
         dwrite = (values @ dstates[1:].mT).view(self.columns.shape)
         drows, dcolumns, terms = self._scores_backward(dscores)
@@ -169,18 +185,20 @@ class _Tile:
         dg += _share(self.rows[..., 1:, :] * dq, terms)
         own = _own(dscores).unsqueeze(-1)
         dq = (dq * self.decay.unsqueeze(4)).add_((own * self.columns).sum(4, keepdim=True))
-        db, dk = dcolumns.addcmul_(own, self.q).split(1, 4)
-        return (dq, dk, dv.unsqueeze(4), dg.unsqueeze(4), da, db), dstates[0]
+        *db, dk = dcolumns.addcmul_(own, self.q).split(1, 4)
+        return (dq, dk, dv.unsqueeze(4), dg.unsqueeze(4), da, *db), dstates[0]
 
     def _scores(self) -> Tensor:
-        """Rows meet the columns of earlier tokens: [chunks, N, H, 2 C, 2 C]."""
+        """Rows meet the columns of earlier tokens: [chunks, N, H, C, 2, C, m]."""
         rows, columns = self.rows, self.columns
+        shape = *rows.shape[:5], *columns.shape[3:5]
         if self.decay.shape[-1] < rows.shape[-1]:
-            return (rows.flatten(3, 4) @ columns.flatten(3, 4).mT) * self._pair_decays()
-        scores = rows.new_zeros(*rows.shape[:3], 2 * rows.shape[3], 2 * rows.shape[3])
+            scores = rows.flatten(3, 4) @ columns.flatten(3, 4).mT
+            return scores.view(shape).mul_(self._pair_decays())
+        scores = rows.new_zeros(shape)
         for size, past, future in _levels(self.decay):
             row, column = _meeting(rows, columns, size, past, future)
-            _pairs(scores, size).copy_(row @ column.mT)
+            _pairs(scores, size).copy_((row @ column.mT).view(_pairs(scores, size).shape))
         return scores
 
     def _scores_backward(self, dscores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,37 +206,37 @@ class _Tile:
         rows, columns = self.rows, self.columns
         terms = rows.new_zeros(rows.shape[3].bit_length() + 1, *self.decay.shape)
         if self.decay.shape[-1] < rows.shape[-1]:
-            dscores = dscores * self._pair_decays()
             flat_rows, flat_columns = rows.flatten(3, 4), columns.flatten(3, 4)
-            dlog = (flat_rows @ flat_columns.mT).mul_(dscores)
+            dscores = dscores * self._pair_decays()
+            dlog = (flat_rows @ flat_columns.mT).view(dscores.shape).mul_(dscores).sum((4, 6))
             for size, term in zip(gla._sizes(rows.shape[3]), terms):
-                block = _pairs(dlog, size)
+                block = _pairs(dlog[..., None, :, None], size)[..., 0, :, 0]
                 left, right = gla._halves(term, size)
-                left.copy_(block.sum(-2).unflatten(-1, (size, 2)).sum(-1, keepdim=True))
-                _put_before(block.sum(-1).unflatten(-1, (size, 2)).sum(-1, keepdim=True), right)
-            drows, dcolumns = dscores @ flat_columns, dscores.mT @ flat_rows
+                left.copy_(block.sum(-2).unsqueeze(-1))
+                _put_before(block.sum(-1, keepdim=True), right)
+            flat = dscores.flatten(5, 6).flatten(3, 4)
+            drows, dcolumns = flat @ flat_columns, flat.mT @ flat_rows
             return drows.view(rows.shape), dcolumns.view(columns.shape), terms
         drows, dcolumns = torch.zeros_like(rows), torch.zeros_like(columns)
         for (size, past, future), term in zip(_levels(self.decay), terms):
             row, column = _meeting(rows, columns, size, past, future)
-            block = _pairs(dscores, size)
+            block = _pairs(dscores, size).flatten(6, 7).flatten(4, 5)
             drow = (block @ column).unflatten(-2, (size, 2))
-            dcolumn = (block.mT @ row).unflatten(-2, (size, 2))
+            dcolumn = (block.mT @ row).unflatten(-2, (size, -1))
             gla._halves(drows, size)[1].addcmul_(drow, past.unsqueeze(5))
             gla._halves(dcolumns, size)[0].addcmul_(dcolumn, future.unsqueeze(5))
             left, right = gla._halves(term, size)
             if size > 1:  # between neighbours lies no gate
-                left.copy_(gla._fold(column.unflatten(-2, (size, 2)) * dcolumn, 5))
-                _put_before(gla._fold(row.unflatten(-2, (size, 2)) * drow, 5), right)
+                left.copy_(gla._fold(column.view(dcolumn.shape) * dcolumn, 5))
+                _put_before(gla._fold(row.view(drow.shape) * drow, 5), right)
         return drows, dcolumns, terms
 
     def _pair_decays(self) -> Tensor:
-        """Decays of pairs of tokens for a gate per head, for every score: [chunks, N, H, 2 C, 2 C]."""
+        """Decays of pairs of tokens for a gate per head, as a factor on the scores: [chunks, N, H, C, 1, C, 1]."""
         *lead, chunk, _ = self.decay.shape
-        decays = self.decay.new_zeros(*lead, 2 * chunk, 2 * chunk)
+        decays = self.decay.new_zeros(*lead, chunk, 1, chunk, 1)
         for size, past, future in _levels(self.decay):
-            to_row, to_column = past.repeat_interleave(2, -2), future.repeat_interleave(2, -2)
-            _pairs(decays, size).copy_(to_row * to_column.mT)
+            _pairs(decays, size)[..., 0, :, 0] = past * future.mT
         return decays
 
 
@@ -254,14 +272,17 @@ def _meeting(rows: Tensor, columns: Tensor, size: int, past: Tensor, future: Ten
 
 
 def _pairs(scores: Tensor, size: int) -> Tensor:
-    """Where right rows meet left columns: a view [chunks, N, H, C / 2s, 2 s, 2 s] of contiguous [..., 2 C, 2 C]."""
-    return gla._pairs(scores.unsqueeze(4), 2 * size).squeeze(-2)
+    """Where right rows meet left columns: a view [chunks, N, H, C / 2s, s, n, s, m] of contiguous [..., C, n, C, m]."""
+    *lead, chunk, rows, _, columns = scores.shape
+    step = scores.stride(3)
+    shape = (*lead, chunk // (2 * size), size, rows, size, columns)
+    stride = (*scores.stride()[:3], 2 * size * (step + columns), step, *scores.stride()[4:])
+    return scores.as_strided(shape, stride, scores.storage_offset() + size * step)
 
 
 def _own(scores: Tensor) -> Tensor:
-    """Where q meets the writes of its own token: a view [chunks, N, H, C, 2]."""
-    *lead, double, _ = scores.shape
-    return scores.view(*lead, double // 2, 2, double // 2, 2).select(4, 1).diagonal(dim1=3, dim2=4).mT
+    """Where q meets the writes of its own token: a view [chunks, N, H, C, m] of [..., C, 2, C, m]."""
+    return scores.select(4, 1).diagonal(dim1=3, dim2=4).mT
 
 
 def _share(x: Tensor, terms: Tensor) -> Tensor:
@@ -281,8 +302,8 @@ def _inverse(scores: Tensor) -> Tensor:
     inverse.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     for size in gla._sizes(scores.shape[-1]):
         left, right = _diagonal_blocks(inverse, size)
-        lower = gla._pairs(scores.unsqueeze(4), size).squeeze(-2)
-        gla._pairs(inverse.unsqueeze(4), size).squeeze(-2).copy_(right @ lower @ left)
+        lower = _pairs(scores[..., None, :, None], size)[..., 0, :, 0]
+        _pairs(inverse[..., None, :, None], size)[..., 0, :, 0] = right @ lower @ left
     return inverse
 
 

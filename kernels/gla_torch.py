@@ -44,9 +44,9 @@ def forward(
     finals = _copy_states(q, k, v, g, state, cu_seqlens)
     out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
     grouped = _group(k.shape[2], q, k, v, g, out)
-    for part, tiles in _tiles(grouped[0], grouped[1], grouped[2], cu_seqlens):
+    for part, tiles in _tiles(grouped[0], grouped[1], grouped[2], cu_seqlens, CHUNK):
         for tile in tiles:
-            q_, k_, v_, g_ = (_cut(x[tile], finals.dtype) for x in grouped[:4])
+            q_, k_, v_, g_ = (_cut(x[tile], finals.dtype, CHUNK) for x in grouped[:4])
             piece, finals[part] = _forward(q_, k_, v_, _decay(g_, floor), finals[part], scale)
             _put(grouped[4], tile, piece)
     return out, finals
@@ -70,13 +70,13 @@ def backward(
     do = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device) if do is None else do
     grads = tuple(torch.empty_like(t) for t in (q, k, v, g))
     grouped = _group(k.shape[2], q, k, v, g, do, *grads)
-    for part, tiles in _tiles(grouped[0], grouped[1], grouped[2], cu_seqlens):
+    for part, tiles in _tiles(grouped[0], grouped[1], grouped[2], cu_seqlens, CHUNK):
         entries = [starts[part]]
         for tile in tiles[:-1]:
-            k_, v_, g_ = (_cut(x[tile], starts.dtype) for x in grouped[1:4])
+            k_, v_, g_ = (_cut(x[tile], starts.dtype, CHUNK) for x in grouped[1:4])
             entries.append(_advance(k_, v_, _decay(g_, floor), entries[-1]))
         for tile, entry in zip(reversed(tiles), reversed(entries)):
-            q_, k_, v_, g_, do_ = (_cut(x[tile], starts.dtype) for x in grouped[:5])
+            q_, k_, v_, g_, do_ = (_cut(x[tile], starts.dtype, CHUNK) for x in grouped[:5])
             pieces, dstates[part] = _backward(q_, k_, v_, _decay(g_, floor), entry, do_, dstates[part], scale)
             for grad, piece in zip(grouped[5:], pieces):
                 _put(grad, tile, piece)
@@ -98,7 +98,7 @@ def _group(shared: int, *tensors: Tensor) -> list[Tensor]:
     return [x.unflatten(2, (shared, -1)) for x in tensors]
 
 
-def _tiles(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list:
+def _tiles(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int) -> list:
     """Parts of the state, each an index of [N, Hk], and the tiles, indices of [B, T, Hk], that lead through each."""
     spans = [(0, q.shape[0], 0, q.shape[1])]
     if cu_seqlens is not None:
@@ -109,7 +109,7 @@ def _tiles(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list:
     for first, last, begin, end in spans:
         if begin == end:
             continue
-        steps = min(end - begin, max(1, TILE // (width * CHUNK)) * CHUNK)
+        steps = min(end - begin, max(1, TILE // (width * chunk)) * chunk)
         heads = max(1, min(shared, TILE // (width * steps)))
         rows = max(1, TILE // (width * steps * heads))
         for row, head in product(range(first, last, rows), range(0, shared, heads)):
@@ -120,9 +120,9 @@ def _tiles(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list:
     return parts
 
 
-def _cut(x: Tensor, wide: torch.dtype) -> Tensor:
+def _cut(x: Tensor, wide: torch.dtype, chunk: int) -> Tensor:
     """[N, T, Hk, G, D] -> [chunks, N, Hk, C, G, D], padded with zeros: no key, and no decay either."""
-    chunk = min(CHUNK, 1 << (x.shape[1] - 1).bit_length())
+    chunk = min(chunk, 1 << (x.shape[1] - 1).bit_length())
     pad = -x.shape[1] % chunk
     x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, pad)) if pad else x
     return (
