@@ -12,6 +12,13 @@ def attention(leaf, width):
     simple_gla(q, k, v, leaf(1, 4, 2))[0].sum().backward()
 
 
+def delta_rule(leaf, width):
+    from spikelm.kernels.delta_rule import gated_delta_rule, generalized_delta_rule
+
+    gated_delta_rule(*(leaf(1, 4, 2, width) for _ in range(3)), leaf(1, 4, 2), leaf(1, 4, 2))[0].sum().backward()
+    generalized_delta_rule(*(leaf(1, 4, 2, width) for _ in range(6)))[0].sum().backward()
+
+
 def scan(leaf, width):
     from spikelm.kernels.scan import scan
 
@@ -62,6 +69,7 @@ def window_linear(leaf, width):
 
 
 CALLS = (attention, window_linear, scan, lif, spike_encode, spike_train, wkv)
+CALLS = (attention, delta_rule, scan, lif, spike_encode, spike_train, wkv)
 
 
 def run_every_op(dtype, width):
