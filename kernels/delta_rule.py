@@ -41,8 +41,8 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Gated delta rule over a sequence: S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T.
 
-    The caller normalises the keys to length 1: with longer ones, and beta above 2 / |k|^2, the state explodes. A padding
-    token is g = 0 and beta = 0: it leaves the state as it is.
+    The caller normalises the keys to length 1; where beta |k|^2 exceeds 2, the state explodes. A padding token is g = 0
+    and beta = 0: it leaves the state as it is.
 
     Args:
         q: [B, T, H, K], with k of the same shape and v [B, T, H, V]. Any floating dtype each; the arithmetic is

@@ -3,9 +3,9 @@
 What `a` reads, u_t = a_t^T S_{t-1} [V], turns the rule into gated linear attention with two writes per token, (k, v)
 and (b, u), and two reads, o and u itself. Within a chunk that starts in state S, with D the decay between tokens:
 
-    U = a~ S + A_ak V + A_ab U         A_xy[i, j] = sum_c x[i, c] y[j, c] D[i, j, c]     x~, y~: decayed from the chunk's
-    O = q~ S + A_qk V + A_qb U                                                         start, or to its end
-    S' = decay S + k~^T V + b~^T U
+    U = a~ S + A_ak V + A_ab U         A_xy[i, j] = sum_c x[i, c] y[j, c] D[i, j, c]
+    O = q~ S + A_qk V + A_qb U         a~, q~: decayed from the chunk's start
+    S' = decay S + k~^T V + b~^T U     k~, b~: decayed to its end
 
 A_ab is strictly lower triangular, so U = T (a~ S + A_ak V) with T = (I - A_ab)^{-1}. The inverse, like the decays
 (see `gla_torch.py`, whose tiles and halves serve here too), grows block by block: nothing is divided or subtracted.
@@ -44,12 +44,12 @@ def forward(
     floor: float,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [B, T, H, V] and final states [N, H, K, V]; arguments as in `delta_rule`, checked."""
-    tokens = [None if x is None else x.unsqueeze(3) for x in (q, k, v, g, a, b)]
+    tokens = [x.unsqueeze(3) for x in (q, k, v, g, a, b) if x is not None]
     finals = _states(tokens, state, cu_seqlens)
     out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-    for part, tiles in gla._tiles(*tokens[:3], cu_seqlens, CHUNK):
+    for part, tiles in gla._tiles(tokens[0], tokens[1], tokens[2], cu_seqlens, CHUNK):
         for tile in tiles:
-            work = _Tile(_at(tokens, tile), finals.dtype, floor)
+            work = _Tile([x[tile] for x in tokens], finals.dtype, floor)
             piece, finals[part] = work.forward(finals[part], scale)
             gla._put(out.unsqueeze(3), tile, piece)
     return out, finals
@@ -69,19 +69,19 @@ def backward(
     scale: float,
     floor: float,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, g, a, b (if it is given) and of the initial state. Everything inside a tile is computed anew."""
-    tokens = [None if x is None else x.unsqueeze(3) for x in (q, k, v, g, a, b)]
+    """Gradients of q, k, v, g, a, b (if given) and of the initial state; everything inside a tile is computed anew."""
+    tokens = [x.unsqueeze(3) for x in (q, k, v, g, a, b) if x is not None]
     starts = _states(tokens, state, cu_seqlens)
     dstates = torch.zeros_like(starts) if dfinal is None else dfinal.to(starts.dtype, copy=True)
     do = torch.zeros(v.shape, dtype=q.dtype, device=q.device) if do is None else do
     grads = [torch.empty_like(x) for x in (q, k, v, g, a, b) if x is not None]
-    for part, tiles in gla._tiles(*tokens[:3], cu_seqlens, CHUNK):
+    for part, tiles in gla._tiles(tokens[0], tokens[1], tokens[2], cu_seqlens, CHUNK):
         entries = [starts[part]]
         for tile in tiles[:-1]:
-            work = _Tile(_at(tokens, tile), starts.dtype, floor)
+            work = _Tile([x[tile] for x in tokens], starts.dtype, floor)
             entries.append(work.solve(entries[-1])[1][-1])
         for tile, entry in zip(reversed(tiles), reversed(entries)):
-            work = _Tile(_at(tokens, tile), starts.dtype, floor)
+            work = _Tile([x[tile] for x in tokens], starts.dtype, floor)
             upstream = gla._cut(do.unsqueeze(3)[tile], starts.dtype, CHUNK).mul_(scale)
             pieces, dstates[part] = work.backward(entry, upstream, dstates[part])
             for grad, piece in zip(grads, pieces):
@@ -91,11 +91,7 @@ def backward(
     return [*grads, dstates]
 
 
-def _at(tokens: list[Tensor | None], tile: tuple[slice, ...]) -> list[Tensor | None]:
-    return [None if x is None else x[tile] for x in tokens]
-
-
-def _states(tokens: list[Tensor | None], state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _states(tokens: list[Tensor], state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """A copy of the initial states in the wide dtype."""
     wide = wide_dtype(*tokens, state)
     if state is not None:
@@ -112,11 +108,11 @@ class _Tile:
     decays [chunks, N, H, C, W] from a chunk's start to before a token, and after a token to the chunk's end.
     """
 
-    def __init__(self, tokens: list[Tensor | None], wide: torch.dtype, floor: float):
-        q, k, v, g, a, b = (None if x is None else gla._cut(x, wide, CHUNK) for x in tokens)
+    def __init__(self, tokens: list[Tensor], wide: torch.dtype, floor: float):
+        q, k, v, g, a, *b = (gla._cut(x, wide, CHUNK) for x in tokens)
         self.q, self.v, self.decay = q, v.squeeze(4), gla._decay(g, floor)
         self.rows = torch.cat([a, q * self.decay.unsqueeze(4)], 4)
-        self.columns = k if b is None else torch.cat([b, k], 4)
+        self.columns = torch.cat([*b, k], 4) if b else k
         scores = self._scores()
         _own(scores).copy_((q * self.columns).sum(-1))
         self.within = scores.permute(4, 6, 0, 1, 2, 3, 5).contiguous()
@@ -242,7 +238,7 @@ class _Tile:
 
 def _levels(decay: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For blocks of 1, 2, 4, ... tokens: decays from the middle of a pair of blocks to before a token on its right, and
-    after a token on its left to the middle: [chunks, N, H, C / 2s, s, W]. They are views, and grow when the next is due.
+    after a token on its left to the middle: [chunks, N, H, C / 2s, s, W]. They are views, good until the next are due.
     """
     past, future = torch.ones_like(decay), torch.ones_like(decay)
     for size in gla._sizes(decay.shape[3]):

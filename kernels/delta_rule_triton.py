@@ -108,7 +108,7 @@ def _chunk_values(
     last = torch.empty_like(first)
     states = torch.empty(len(chunks), *shape[1:], dtype=narrow, device=q.device)
     u = torch.empty(v.shape, dtype=narrow, device=q.device)
-    scores = torch.empty(2 * constants["M"], batch * length, heads, BLOCK, dtype=narrow, device=q.device)
+    scores = torch.empty(2 * constants["M"], batch * length, heads, BLOCK, dtype=torch.float32, device=q.device)
     if len(chunks):
         kernel, tensors = delta_scores_kernel, (q, k, g, a, b, scores)
         kernel[(len(chunks) * heads,)](*tensors, chunks, *_counts(q), **_pick(constants, kernel))

@@ -52,7 +52,7 @@ def delta_states_backward_kernel(
             b_dv = dot(tl.trans(b_qk.to(DT)), b_do, PRECISION) + dot(b_k.to(DT), b_dh.to(DT), PRECISION)
             b_dv += dot(tl.trans(b_written.to(DT)), b_du.to(DT), PRECISION)
             store_rows(dv, b_dv, o_t, m_t, heads, i_h, o_v, V)
-        b_du = dot(tl.trans(b_inverse.to(DT)), b_du.to(DT), PRECISION)
+        b_du = dot(tl.trans(b_inverse), b_du, PRECISION)
         if M == 1:
             store_rows(dv, b_du, o_t, m_t, heads, i_h, o_v, V)
         store_rows(du, b_du, o_t, m_t, heads, i_h, o_v, V)

@@ -29,8 +29,8 @@ def grow_before(b_past, b_future, b_own, o_i, size):
 def load_decays(
     g, o_t, o_i, n, heads, i_h, o_k, K: tl.constexpr, W: tl.constexpr, FLOOR: tl.constexpr, BT: tl.constexpr
 ):
-    """For a chunk with n tokens left from o_t[0] on, [BT, BK] each: decays from its start to before a token, and after a token
-    to its end; and [BK], over the whole chunk.
+    """Decays in a chunk with n tokens left from o_t[0] on: from its start to before a token, after a token to its end,
+    [BT, BK] each, and over the whole chunk, [BK].
     """
     b_g = load_gates(g, o_t, o_i < n, heads, i_h, o_k, K, W, FLOOR)
     b_before = load_gates(g, o_t - 1, (o_i > 0) & (o_i < n), heads, i_h, o_k, K, W, FLOOR)
@@ -124,10 +124,10 @@ def delta_states_kernel(
         b_inverse = load_rows(scores, o_t, m_t, heads, i_h, o_i, BT)  # [BT, BT]
         b_read = dot(b_a.to(DT), b_h.to(DT), PRECISION)
         if M == 1:
-            b_u = dot(b_inverse.to(DT), (b_read + b_v).to(DT), PRECISION)
+            b_u = dot(b_inverse, b_read + b_v, PRECISION)
         else:
             b_written = load_rows(scores + 2 * tokens * heads * BT, o_t, m_t, heads, i_h, o_i, BT)
-            b_u = dot(b_inverse.to(DT), b_read.to(DT), PRECISION)
+            b_u = dot(b_inverse, b_read, PRECISION)
             b_u += dot(b_written.to(DT), b_v.to(DT), PRECISION)
         store_rows(u, b_u, o_t, m_t, heads, i_h, o_v, V)
         b_h = b_h * b_keep[:, None] + dot(tl.trans(b_b.to(DT)), b_u.to(DT), PRECISION)
