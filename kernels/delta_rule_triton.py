@@ -10,7 +10,12 @@ from spikelm.kernels.delta_rule_triton_backward import (
     delta_scores_backward_kernel,
     delta_states_backward_kernel,
 )
-from spikelm.kernels.delta_rule_triton_forward import delta_output_kernel, delta_scores_kernel, delta_states_kernel
+from spikelm.kernels.delta_rule_triton_forward import (
+    delta_decayed_kernel,
+    delta_output_kernel,
+    delta_scores_kernel,
+    delta_states_kernel,
+)
 from spikelm.kernels.runtime import INTERPRETED, chunk_table
 from spikelm.kernels.triton_tools import next_power_of_two
 
@@ -33,12 +38,12 @@ def forward(
     """Outputs [B, T, H, V] and final states [N, H, K, V]; arguments as in `delta_rule`, checked and contiguous."""
     constants = _constants(q, k, v, g, a, b, floor)
     table = chunk_table(cu_seqlens, q.shape[0], q.shape[1], BLOCK, q.device, "delta_rule")
-    _, final, scores, u, states = _chunk_values(q, k, v, g, a, b, state, table, constants)
+    _, final, (scores, decayed, _), u, states = _chunk_values(q, k, v, g, a, b, state, table, constants)
     out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
     chunks, heads = table[0], q.shape[2]
     if len(chunks):
         grid = (len(chunks) * heads, triton.cdiv(v.shape[-1], constants["BV"]))
-        tensors = (q, v, u, g, scores, states, out)
+        tensors = (v, u, scores, decayed, states, out)
         delta_output_kernel[grid](*tensors, scale, chunks, *_counts(q), **_pick(constants, delta_output_kernel))
     return out, final
 
@@ -60,31 +65,32 @@ def backward(
     """Gradients of q, k, v, g, a, b (if it is given) and of the initial state. Scores, states and u come anew."""
     constants = _constants(q, k, v, g, a, b, floor)
     chunks, bounds, offsets = table = chunk_table(cu_seqlens, *q.shape[:2], BLOCK, q.device, "delta_rule")
-    first, _, scores, u, states = _chunk_values(q, k, v, g, a, b, state, table, constants)
-    dfirst, dscores, du, dstates = (torch.empty_like(x) for x in (first, scores, u, states))
+    first, _, within, u, states = _chunk_values(q, k, v, g, a, b, state, table, constants)
+    dfirst, dscores, du, dstates = (torch.empty_like(x) for x in (first, within[0], u, states))
     dlast = torch.zeros_like(first) if dfinal is None else dfinal
     do = torch.zeros(v.shape, dtype=q.dtype, device=q.device) if do is None else do
     dq, dk, dv, da = (torch.empty_like(x) for x in (q, k, v, a))
-    db = dk if b is None else torch.empty_like(b)
     dg = torch.empty(k.shape, dtype=torch.float32, device=k.device)
-    b_or_k, heads = k if b is None else b, q.shape[2]
+    along, dalong = (k, dk) if b is None else (b, torch.empty_like(b))
+    heads = q.shape[2]
 
     grid = (first.shape[0] * heads, triton.cdiv(v.shape[-1], constants["BV"]))
-    tensors = (q, k, g, a, b_or_k, scores, do, du, dv, dstates, dlast, dfirst)
-    kernel = delta_states_backward_kernel
-    kernel[grid](*tensors, scale, bounds, offsets, *_counts(q), **_pick(constants, kernel))
+    delta_states_backward_kernel[grid](
+        *within, do, du, dv, dstates, dlast, dfirst, scale, bounds, offsets, *_counts(q),
+        **_pick(constants, delta_states_backward_kernel),
+    )  # fmt: skip
     if len(chunks):
         programs = len(chunks) * heads
-        kernel = delta_scores_backward_kernel
-        kernel[(programs,)](v, u, do, du, dscores, scale, chunks, *_counts(q), **_pick(constants, kernel))
-        kernel = delta_keys_backward_kernel
-        tensors = (q, k, v, g, a, b_or_k, u, do, du, dscores, states, dstates, dq, dk, dg, da, db)
-        free = {name: value for name, value in _pick(constants, kernel).items() if name != "BK"}
-        kernel[lambda meta: (programs, triton.cdiv(meta["K"], meta["BK"]))](
-            *tensors, scale, chunks, *_counts(q), **free
+        delta_scores_backward_kernel[(programs,)](
+            v, u, do, du, dscores, scale, chunks, *_counts(q), **_pick(constants, delta_scores_backward_kernel)
         )
+        free = {name: x for name, x in _pick(constants, delta_keys_backward_kernel).items() if name != "BK"}
+        delta_keys_backward_kernel[lambda meta: (programs, triton.cdiv(meta["K"], meta["BK"]))](
+            q, k, v, g, a, along, u, do, du, dscores, states, dstates, dq, dk, dg, da, dalong,
+            scale, chunks, *_counts(q), **free,
+        )  # fmt: skip
     dg = dg.sum_to_size(g.shape).masked_fill_(g < floor, 0.0).to(g.dtype)
-    return [dq, dk, dv, dg, da, *([] if b is None else [db]), dfirst]
+    return [dq, dk, dv, dg, da, *([] if b is None else [dalong]), dfirst]
 
 
 def _chunk_values(
@@ -97,8 +103,10 @@ def _chunk_values(
     state: Tensor | None,
     table: tuple[Tensor, ...],
     constants: dict,
-) -> tuple[Tensor, ...]:
-    """First and last state of every sequence, scores within chunks, u of every token, states at chunk starts."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """First and last state of every sequence; scores within chunks, decayed inputs and decays over chunks; u of every
+    token; states at chunk starts.
+    """
     chunks, bounds, offsets = table
     batch, length, heads, width = q.shape
     b = k if b is None else b
@@ -109,13 +117,22 @@ def _chunk_values(
     states = torch.empty(len(chunks), *shape[1:], dtype=narrow, device=q.device)
     u = torch.empty(v.shape, dtype=narrow, device=q.device)
     scores = torch.empty(2 * constants["M"], batch * length, heads, BLOCK, dtype=torch.float32, device=q.device)
+    decayed = torch.empty(2 + constants["M"], *q.shape, dtype=narrow, device=q.device)
+    keep = torch.empty(len(chunks), heads, width, dtype=torch.float32, device=q.device)
     if len(chunks):
-        kernel, tensors = delta_scores_kernel, (q, k, g, a, b, scores)
-        kernel[(len(chunks) * heads,)](*tensors, chunks, *_counts(q), **_pick(constants, kernel))
-    kernel, tensors = delta_states_kernel, (k, v, g, a, b, scores, u, states, first, last)
+        programs = len(chunks) * heads
+        delta_scores_kernel[(programs,)](
+            q, k, g, a, b, scores, chunks, *_counts(q), **_pick(constants, delta_scores_kernel)
+        )
+        delta_decayed_kernel[(programs, triton.cdiv(width, constants["BK"]))](
+            q, k, g, a, b, scores, decayed, keep, chunks, *_counts(q), **_pick(constants, delta_decayed_kernel)
+        )
     grid = (shape[0] * heads, triton.cdiv(v.shape[-1], constants["BV"]))
-    kernel[grid](*tensors, bounds, offsets, *_counts(q), **_pick(constants, kernel))
-    return first, last, scores, u, states
+    delta_states_kernel[grid](
+        v, scores, decayed, keep, u, states, first, last, bounds, offsets, *_counts(q),
+        **_pick(constants, delta_states_kernel),
+    )  # fmt: skip
+    return first, last, (scores, decayed, keep), u, states
 
 
 def _constants(q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tensor | None, floor: float) -> dict:

@@ -14,9 +14,9 @@ from spikelm.kernels.triton_tools import autotune, dot
 @autotune(CONFIGS, key=["K", "V"])
 @triton.jit
 def delta_states_backward_kernel(
-    q, k, g, a, b, scores, do, du, dv, dh, dlast, dfirst, scale, bounds, offsets, tokens, heads,
-    K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, M: tl.constexpr, FLOOR: tl.constexpr, PRECISION: tl.constexpr,
-    DT: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
+    scores, decayed, keep, do, du, dv, dh, dlast, dfirst, scale, bounds, offsets, tokens, heads,
+    K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr, BT: tl.constexpr,
+    BS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the states at the end of every chunk, dh [chunks, heads, K, V], of v, of what T acts on, du, and of
     the first state of a sequence.
@@ -31,36 +31,35 @@ def delta_states_backward_kernel(
     t_0, t_end = tl.load(bounds + i_n), tl.load(bounds + i_n + 1)
     i_c, i_end = tl.load(offsets + i_n), tl.load(offsets + i_n + 1)
     n_chunks = (i_end - i_c).to(tl.int32)
-    size = tokens * heads * BT
+    size, size_k = tokens * heads * BT, tokens * heads * K
 
     b_dh = tl.load(dlast + i_nh * K * V + o_kv, mask=m_kv, other=0.0)  # [BS, BV]
     for i_back in range(0, n_chunks):
         i = n_chunks - 1 - i_back
-        tl.store(dh + ((i_c + i) * heads + i_h) * K * V + o_kv, b_dh.to(dh.dtype.element_ty), mask=m_kv)
+        i_ch = (i_c + i) * heads + i_h
+        tl.store(dh + i_ch * K * V + o_kv, b_dh.to(dh.dtype.element_ty), mask=m_kv)
         o_t = t_0 + i * BT + o_i
         m_t = o_t < t_end
-        b_past, b_future, b_keep = load_decays(g, o_t, o_i, t_end - t_0 - i * BT, heads, i_h, o_k, K, W, FLOOR, BT)
         b_do = (load_rows(do, o_t, m_t, heads, i_h, o_v, V) * scale).to(DT)  # [BT, BV]
-        b_b = load_rows(b, o_t, m_t, heads, i_h, o_k, K) * b_future  # [BT, BS]
-        b_inverse = load_rows(scores, o_t, m_t, heads, i_h, o_i, BT)  # [BT, BT]
-        b_qb = load_rows(scores + size, o_t, m_t, heads, i_h, o_i, BT)
-        b_du = dot(tl.trans(b_qb.to(DT)), b_do, PRECISION) + dot(b_b.to(DT), b_dh.to(DT), PRECISION)
-        if M == 2:
-            b_written = load_rows(scores + 2 * size, o_t, m_t, heads, i_h, o_i, BT)
-            b_qk = load_rows(scores + 3 * size, o_t, m_t, heads, i_h, o_i, BT)
-            b_k = load_rows(k, o_t, m_t, heads, i_h, o_k, K) * b_future
-            b_dv = dot(tl.trans(b_qk.to(DT)), b_do, PRECISION) + dot(b_k.to(DT), b_dh.to(DT), PRECISION)
-            b_dv += dot(tl.trans(b_written.to(DT)), b_du.to(DT), PRECISION)
-            store_rows(dv, b_dv, o_t, m_t, heads, i_h, o_v, V)
-        b_du = dot(tl.trans(b_inverse), b_du, PRECISION)
+        b_qb = tl.trans(load_rows(scores + size, o_t, m_t, heads, i_h, o_i, BT).to(DT))  # [BT, BT]
+        b_b = load_rows(decayed + size_k, o_t, m_t, heads, i_h, o_k, K).to(DT)  # [BT, BS]
+        b_du = dot(b_qb, b_do, PRECISION) + dot(b_b, b_dh.to(DT), PRECISION)
+        b_inverse = tl.trans(load_rows(scores, o_t, m_t, heads, i_h, o_i, BT))
+        b_through = dot(b_inverse, b_du, PRECISION)
+        store_rows(du, b_through, o_t, m_t, heads, i_h, o_v, V)
         if M == 1:
-            store_rows(dv, b_du, o_t, m_t, heads, i_h, o_v, V)
-        store_rows(du, b_du, o_t, m_t, heads, i_h, o_v, V)
-        b_own = tl.exp(load_gates(g, o_t, m_t, heads, i_h, o_k, K, W, FLOOR))
-        b_q = load_rows(q, o_t, m_t, heads, i_h, o_k, K) * b_own * b_past
-        b_a = load_rows(a, o_t, m_t, heads, i_h, o_k, K) * b_past
-        b_dh = b_dh * b_keep[:, None] + dot(tl.trans(b_q.to(DT)), b_do, PRECISION)
-        b_dh += dot(tl.trans(b_a.to(DT)), b_du.to(DT), PRECISION)
+            b_dv = b_through
+        else:
+            b_written = tl.trans(load_rows(scores + 2 * size, o_t, m_t, heads, i_h, o_i, BT).to(DT))
+            b_qk = tl.trans(load_rows(scores + 3 * size, o_t, m_t, heads, i_h, o_i, BT).to(DT))
+            b_k = load_rows(decayed + 3 * size_k, o_t, m_t, heads, i_h, o_k, K).to(DT)
+            b_dv = dot(b_qk, b_do, PRECISION) + dot(b_k, b_dh.to(DT), PRECISION)
+            b_dv += dot(b_written, b_du.to(DT), PRECISION)
+        store_rows(dv, b_dv, o_t, m_t, heads, i_h, o_v, V)
+        b_keep = tl.load(keep + i_ch * K + o_k, mask=o_k < K, other=0.0)
+        b_q = tl.trans(load_rows(decayed + 2 * size_k, o_t, m_t, heads, i_h, o_k, K).to(DT))
+        b_read = tl.trans(load_rows(decayed, o_t, m_t, heads, i_h, o_k, K).to(DT))
+        b_dh = b_dh * b_keep[:, None] + dot(b_q, b_do, PRECISION) + dot(b_read, b_du.to(DT), PRECISION)
     tl.store(dfirst + i_nh * K * V + o_kv, b_dh, mask=m_kv)
 
 
@@ -149,7 +148,7 @@ def delta_keys_backward_kernel(
     m_t = o_i < n
     o_k = tl.program_id(1) * BK + tl.arange(0, BK)
     size = tokens * heads * BT
-    b_past, b_future, b_keep = load_decays(g, o_t, o_i, n, heads, i_h, o_k, K, W, FLOOR, BT)
+    b_past, b_future, b_keep = load_decays(g, o_t, o_i, n, heads, i_h, o_k, K, W, FLOOR)
     b_own = tl.exp(load_gates(g, o_t, m_t, heads, i_h, o_k, K, W, FLOOR))
     b_q, b_a = load_rows(q, o_t, m_t, heads, i_h, o_k, K) * b_own, load_rows(a, o_t, m_t, heads, i_h, o_k, K)
     b_k, b_b = load_rows(k, o_t, m_t, heads, i_h, o_k, K), load_rows(b, o_t, m_t, heads, i_h, o_k, K)

@@ -5,7 +5,11 @@ are kept as four matrices [BT, BT] of every chunk and head, [4, tokens, heads, B
 
     0: T = (I - A_ab)^{-1}    1: q times b    2: T A_ak    3: q times k         all lower triangular
 
-Where one key serves both writes (b is None, M = 1) the last two do not exist, and u stands for z = u + v.
+and four decayed inputs [4, tokens, heads, K], so that the kernels that go through time do little else than multiply:
+
+    0: T a~    1: b~ (to the chunk's end)    2: q~ (from its start)    3: k~ (to its end)
+
+Where one key serves both writes (b is None, M = 1) what belongs to k alone does not exist, and u stands for z = u + v.
 """
 
 import triton
@@ -26,15 +30,13 @@ def grow_before(b_past, b_future, b_own, o_i, size):
 
 
 @triton.jit
-def load_decays(
-    g, o_t, o_i, n, heads, i_h, o_k, K: tl.constexpr, W: tl.constexpr, FLOOR: tl.constexpr, BT: tl.constexpr
-):
-    """Decays in a chunk with n tokens left from o_t[0] on: from its start to before a token, after a token to its end,
+def load_decays(g, o_t, o_i, n, heads, i_h, o_k, K: tl.constexpr, W: tl.constexpr, FLOOR: tl.constexpr):
+    """Decays in a chunk of n tokens: from its start to before a token, after a token to its end,
     [BT, BK] each, and over the whole chunk, [BK].
     """
     b_g = load_gates(g, o_t, o_i < n, heads, i_h, o_k, K, W, FLOOR)
     b_before = load_gates(g, o_t - 1, (o_i > 0) & (o_i < n), heads, i_h, o_k, K, W, FLOOR)
-    b_next = load_gates(g, o_t + 1, (o_i + 1 < n) & (o_i < BT - 1), heads, i_h, o_k, K, W, FLOOR)
+    b_next = load_gates(g, o_t + 1, o_i + 1 < n, heads, i_h, o_k, K, W, FLOOR)
     b_future = tl.exp(tl.cumsum(b_next, 0, reverse=True))
     return tl.exp(tl.cumsum(b_before, 0)), b_future, tl.exp(tl.sum(b_g, 0))
 
@@ -91,12 +93,43 @@ def delta_scores_kernel(
         store_rows(scores + 3 * size, b_qk, o_t, m_t, heads, i_h, o_i, BT)
 
 
+@autotune(CONFIGS, key=["K"])
+@triton.jit
+def delta_decayed_kernel(
+    q, k, g, a, b, scores, decayed, keep, chunks, tokens, heads,
+    K: tl.constexpr, W: tl.constexpr, M: tl.constexpr, FLOOR: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """The decayed inputs, and keep [chunks, heads, K], the decay over a whole chunk."""
+    i_ch = tl.program_id(0).to(tl.int64)
+    i_c, i_h = i_ch // heads, i_ch % heads
+    o_i = tl.arange(0, BT)
+    o_t = tl.load(chunks + 2 * i_c) + o_i
+    n = tl.load(chunks + 2 * i_c + 1)
+    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
+    size = tokens * heads * K
+
+    b_past, b_future, b_keep = load_decays(g, o_t, o_i, n, heads, i_h, o_k, K, W, FLOOR)
+    b_inverse = load_rows(scores, o_t, o_i < n, heads, i_h, o_i, BT)  # [BT, BT]
+    b_a = load_rows(a, o_t, o_i < n, heads, i_h, o_k, K) * b_past  # [BT, BK]
+    store_rows(decayed, dot(b_inverse, b_a, PRECISION), o_t, o_i < n, heads, i_h, o_k, K)
+    b_b = load_rows(b, o_t, o_i < n, heads, i_h, o_k, K) * b_future
+    store_rows(decayed + size, b_b, o_t, o_i < n, heads, i_h, o_k, K)
+    b_own = tl.exp(load_gates(g, o_t, o_i < n, heads, i_h, o_k, K, W, FLOOR))
+    b_q = load_rows(q, o_t, o_i < n, heads, i_h, o_k, K) * b_own * b_past
+    store_rows(decayed + 2 * size, b_q, o_t, o_i < n, heads, i_h, o_k, K)
+    if M == 2:
+        b_k = load_rows(k, o_t, o_i < n, heads, i_h, o_k, K) * b_future
+        store_rows(decayed + 3 * size, b_k, o_t, o_i < n, heads, i_h, o_k, K)
+    tl.store(keep + i_ch * K + o_k, b_keep, mask=o_k < K)
+
+
 @autotune(CONFIGS, key=["K", "V"])
 @triton.jit
 def delta_states_kernel(
-    k, v, g, a, b, scores, u, h, first, last, bounds, offsets, tokens, heads,
-    K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, M: tl.constexpr, FLOOR: tl.constexpr, PRECISION: tl.constexpr,
-    DT: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BV: tl.constexpr,
+    v, scores, decayed, keep, u, h, first, last, bounds, offsets, tokens, heads,
+    K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr, BT: tl.constexpr,
+    BS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """u [tokens, heads, V], states at the start of every chunk, h [chunks, heads, K, V], and the last of a sequence.
 
@@ -111,40 +144,36 @@ def delta_states_kernel(
     o_i = tl.arange(0, BT)
     t_0, t_end = tl.load(bounds + i_n), tl.load(bounds + i_n + 1)
     i_c, i_end = tl.load(offsets + i_n), tl.load(offsets + i_n + 1)
+    size = tokens * heads * K
 
     b_h = tl.load(first + i_nh * K * V + o_kv, mask=m_kv, other=0.0)  # [BS, BV]
     for i in range(0, (i_end - i_c).to(tl.int32)):
-        tl.store(h + ((i_c + i) * heads + i_h) * K * V + o_kv, b_h.to(h.dtype.element_ty), mask=m_kv)
+        i_ch = (i_c + i) * heads + i_h
+        tl.store(h + i_ch * K * V + o_kv, b_h.to(h.dtype.element_ty), mask=m_kv)
         o_t = t_0 + i * BT + o_i
         m_t = o_t < t_end
-        b_past, b_future, b_keep = load_decays(g, o_t, o_i, t_end - t_0 - i * BT, heads, i_h, o_k, K, W, FLOOR, BT)
-        b_a = load_rows(a, o_t, m_t, heads, i_h, o_k, K) * b_past  # [BT, BS]
-        b_b = load_rows(b, o_t, m_t, heads, i_h, o_k, K) * b_future
         b_v = load_rows(v, o_t, m_t, heads, i_h, o_v, V)  # [BT, BV]
-        b_inverse = load_rows(scores, o_t, m_t, heads, i_h, o_i, BT)  # [BT, BT]
-        b_read = dot(b_a.to(DT), b_h.to(DT), PRECISION)
-        if M == 1:
-            b_u = dot(b_inverse, b_read + b_v, PRECISION)
-        else:
-            b_written = load_rows(scores + 2 * tokens * heads * BT, o_t, m_t, heads, i_h, o_i, BT)
-            b_u = dot(b_inverse, b_read, PRECISION)
-            b_u += dot(b_written.to(DT), b_v.to(DT), PRECISION)
+        b_written = load_rows(scores + (2 * M - 2) * tokens * heads * BT, o_t, m_t, heads, i_h, o_i, BT)  # T or T A_ak
+        b_read = load_rows(decayed, o_t, m_t, heads, i_h, o_k, K).to(DT)  # [BT, BS]
+        b_u = dot(b_written, b_v, PRECISION) + dot(b_read, b_h.to(DT), PRECISION)
         store_rows(u, b_u, o_t, m_t, heads, i_h, o_v, V)
-        b_h = b_h * b_keep[:, None] + dot(tl.trans(b_b.to(DT)), b_u.to(DT), PRECISION)
+        b_keep = tl.load(keep + i_ch * K + o_k, mask=o_k < K, other=0.0)
+        b_b = tl.trans(load_rows(decayed + size, o_t, m_t, heads, i_h, o_k, K).to(DT))
+        b_h = b_h * b_keep[:, None] + dot(b_b, b_u.to(DT), PRECISION)
         if M == 2:
-            b_k = load_rows(k, o_t, m_t, heads, i_h, o_k, K) * b_future
-            b_h += dot(tl.trans(b_k.to(DT)), b_v.to(DT), PRECISION)
+            b_k = tl.trans(load_rows(decayed + 3 * size, o_t, m_t, heads, i_h, o_k, K).to(DT))
+            b_h += dot(b_k, b_v.to(DT), PRECISION)
     tl.store(last + i_nh * K * V + o_kv, b_h, mask=m_kv)
 
 
 @autotune(CONFIGS, key=["K", "V"])
 @triton.jit
 def delta_output_kernel(
-    q, v, u, g, scores, h, o, scale, chunks, tokens, heads,
-    K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, M: tl.constexpr, FLOOR: tl.constexpr, PRECISION: tl.constexpr,
-    DT: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    v, u, scores, decayed, h, o, scale, chunks, tokens, heads,
+    K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr, BT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """o = scale * (scores of q with b @ u, and with k @ v, and (q decayed from the chunk's start) @ state)."""
+    """o = scale * (scores of q with b @ u, and with k @ v, and q~ @ state)."""
     i_ch = tl.program_id(0).to(tl.int64)
     i_c, i_h = i_ch // heads, i_ch % heads
     o_i = tl.arange(0, BT)
@@ -161,8 +190,7 @@ def delta_output_kernel(
         b_o += dot(b_qk.to(DT), b_v.to(DT), PRECISION)
     for i_k in range(0, tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
-        b_q = load_rows(q, o_t, m_t, heads, i_h, o_k, K)  # [BT, BK]
-        b_g = load_gates(g, o_t, m_t, heads, i_h, o_k, K, W, FLOOR)
+        b_q = load_rows(decayed + 2 * tokens * heads * K, o_t, m_t, heads, i_h, o_k, K)  # [BT, BK]
         b_h = load_rows(h + i_ch * K * V, o_k, o_k < K, 1, 0, o_v, V)  # [BK, BV]
-        b_o += dot((b_q * tl.exp(tl.cumsum(b_g, 0))).to(DT), b_h.to(DT), PRECISION)
+        b_o += dot(b_q.to(DT), b_h.to(DT), PRECISION)
     store_rows(o, b_o * scale, o_t, m_t, heads, i_h, o_v, V)
