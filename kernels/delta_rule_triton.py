@@ -84,10 +84,10 @@ def backward(
         delta_scores_backward_kernel[(programs,)](
             v, u, do, du, dscores, scale, chunks, *_counts(q), **_pick(constants, delta_scores_backward_kernel)
         )
-        free = {name: x for name, x in _pick(constants, delta_keys_backward_kernel).items() if name != "BK"}
-        delta_keys_backward_kernel[lambda meta: (programs, triton.cdiv(meta["K"], meta["BK"]))](
+        narrow = {**_pick(constants, delta_keys_backward_kernel), "BK": 16}  # wider tiles spill
+        delta_keys_backward_kernel[(programs, triton.cdiv(k.shape[-1], narrow["BK"]))](
             q, k, v, g, a, along, u, do, du, dscores, states, dstates, dq, dk, dg, da, dalong,
-            scale, chunks, *_counts(q), **free,
+            scale, chunks, *_counts(q), **narrow,
         )  # fmt: skip
     dg = dg.sum_to_size(g.shape).masked_fill_(g < floor, 0.0).to(g.dtype)
     return [dq, dk, dv, dg, da, *([] if b is None else [dalong]), dfirst]
@@ -152,9 +152,9 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tensor 
         "PRECISION": "tf32" if half else "ieee",
         "DT": tl.bfloat16 if kinds == {torch.bfloat16} else tl.float32,
         "BT": BLOCK,
-        "BK": min(64 if half else 32, whole),
+        "BK": min(32, whole),
         "BS": whole,
-        "BV": min(max(16, 4096 // whole), 64 if half else 32, next_power_of_two(v.shape[-1])),
+        "BV": min(max(16, (4096 if half else 2048) // whole), 32, next_power_of_two(v.shape[-1])),
         "LEVELS": BLOCK.bit_length() - 1,
     }
 

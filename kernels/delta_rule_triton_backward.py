@@ -5,13 +5,12 @@ file; gradients of the log gates as in `gla_triton_backward.py`, sums of terms t
 import triton
 import triton.language as tl
 
-from spikelm.kernels.delta_rule_triton_forward import grow_before, load_decays
-from spikelm.kernels.gla_triton_backward import NARROW_CONFIGS
+from spikelm.kernels.delta_rule_triton_forward import TIME_CONFIGS, WIDE_CONFIGS, grow_before, load_decays
 from spikelm.kernels.gla_triton_forward import CONFIGS, load_gates, load_rows, meet, store_rows
 from spikelm.kernels.triton_tools import autotune, dot
 
 
-@autotune(CONFIGS, key=["K", "V"])
+@autotune(TIME_CONFIGS, key=["K", "V"])
 @triton.jit
 def delta_states_backward_kernel(
     scores, decayed, keep, do, du, dv, dh, dlast, dfirst, scale, bounds, offsets, tokens, heads,
@@ -114,7 +113,7 @@ def through_states(
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr, DT: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """What reaches decayed q, a, k and b through the chunk's first and last states, [BT, BK], and those's product."""
+    """What reaches decayed q, a, k and b, [BT, BK], through the states at the chunk's ends, and their product, [BK]."""
     b_q, b_a = tl.zeros((BT, BK), dtype=tl.float32), tl.zeros((BT, BK), dtype=tl.float32)
     b_k, b_b = tl.zeros((BT, BK), dtype=tl.float32), tl.zeros((BT, BK), dtype=tl.float32)
     b_both = tl.zeros((BK,), dtype=tl.float32)
@@ -132,7 +131,7 @@ def through_states(
     return b_q, b_a, b_k, b_b, b_both
 
 
-@autotune(NARROW_CONFIGS, key=["K", "V"])
+@autotune(WIDE_CONFIGS, key=["K", "V"])
 @triton.jit
 def delta_keys_backward_kernel(
     q, k, v, g, a, b, u, do, du, dscores, h, dh, dq, dk, dg, da, db, scale, chunks, tokens, heads,

@@ -18,6 +18,11 @@ import triton.language as tl
 from spikelm.kernels.gla_triton_forward import CONFIGS, load_gates, load_rows, meet, store_rows
 from spikelm.kernels.triton_tools import autotune, dot
 
+# What goes through time holds whole columns of a state: prefetching more chunks would not fit in shared memory.
+TIME_CONFIGS = [triton.Config({}, num_warps=warps, num_stages=1) for warps in (4, 8)]
+# Kernels with many tiles at once would spill with fewer warps.
+WIDE_CONFIGS = [triton.Config({}, num_warps=8)]
+
 
 @triton.jit
 def grow_before(b_past, b_future, b_own, o_i, size):
@@ -41,7 +46,7 @@ def load_decays(g, o_t, o_i, n, heads, i_h, o_k, K: tl.constexpr, W: tl.constexp
     return tl.exp(tl.cumsum(b_before, 0)), b_future, tl.exp(tl.sum(b_g, 0))
 
 
-@autotune(CONFIGS, key=["K"])
+@autotune(WIDE_CONFIGS, key=["K"])
 @triton.jit
 def delta_scores_kernel(
     q, k, g, a, b, scores, chunks, tokens, heads,
@@ -124,7 +129,7 @@ def delta_decayed_kernel(
     tl.store(keep + i_ch * K + o_k, b_keep, mask=o_k < K)
 
 
-@autotune(CONFIGS, key=["K", "V"])
+@autotune(TIME_CONFIGS, key=["K", "V"])
 @triton.jit
 def delta_states_kernel(
     v, scores, decayed, keep, u, h, first, last, bounds, offsets, tokens, heads,
