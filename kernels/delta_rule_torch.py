@@ -217,8 +217,8 @@ class _Tile:
         for (size, past, future), term in zip(_levels(self.decay), terms):
             row, column = _meeting(rows, columns, size, past, future)
             block = _pairs(dscores, size).flatten(6, 7).flatten(4, 5)
-            drow = (block @ column).unflatten(-2, (size, 2))
-            dcolumn = (block.mT @ row).unflatten(-2, (size, -1))
+            drow = gla._meet(block, column).unflatten(-2, (size, 2))
+            dcolumn = gla._meet(block.mT, row).unflatten(-2, (size, -1))
             gla._halves(drows, size)[1].addcmul_(drow, past.unsqueeze(5))
             gla._halves(dcolumns, size)[0].addcmul_(dcolumn, future.unsqueeze(5))
             left, right = gla._halves(term, size)
