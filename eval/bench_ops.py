@@ -8,7 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from spikelm.kernels.delta_rule import (
+    gated_delta_rule,
+    gated_delta_rule_reference,
+    gated_delta_rule_step,
+    generalized_delta_rule,
+    generalized_delta_rule_reference,
+    generalized_delta_rule_step,
+)
 from spikelm.kernels.gla import gla, gla_reference, gla_step
 from spikelm.kernels.lif import lif, lif_step
 from spikelm.kernels.lif_reference import lif_reference
@@ -115,6 +124,21 @@ def _window_step(*inputs: Tensor) -> tuple[Tensor, ...]:
     keys, values, features, sums, norm = whole.split([WINDOW - 1] * 3 + [whole.shape[3], 1], 2)
     o, state = window_linear_step(*tokens, gamma, WindowState(keys, values, features, sums, norm.squeeze(2), length))
     return o, *state
+def _gated_delta_inputs(s: Sizes, draw: Callable[..., Tensor]) -> list[Tensor]:
+    q, k, v = (draw(s.batch, s.length, s.heads, s.width) for _ in range(3))
+    g, beta = (draw(s.batch, s.length, s.heads) for _ in range(2))
+    return [q, normalize(k, dim=-1), v, -0.1 * g.abs(), beta.sigmoid()]
+
+
+def _rwkv7_inputs(s: Sizes, draw: Callable[..., Tensor]) -> list[Tensor]:
+    r, w, k, v, erase, rate = (draw(s.batch, s.length, s.heads, s.width) for _ in range(6))
+    erase = normalize(erase, dim=-1)
+    return [r, k, v, -erase, erase * rate.sigmoid(), -0.6065 * w.sigmoid()]
+
+
+def _decay_last(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of r, w, k, v, a, b as one of r, k, v, a, b, w: what stays float32 comes last in the benchmark."""
+    return lambda r, k, v, a, b, w, *state: function(r, w, k, v, a, b, *state)
 
 
 def _lif_reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,6 +198,24 @@ OPS: dict[str, Op] = {
         lambda s: (s.batch, s.heads, 3 * (WINDOW - 1) + s.width + 1, s.width),
         narrow=5,
         parameters=1,
+    "gated_delta": Op(
+        _gated_delta_inputs,
+        gated_delta_rule,
+        gated_delta_rule_reference,
+        lambda s: 2.0 * _attention_flops(s),
+        gated_delta_rule_step,
+        lambda s: (s.batch, s.heads, s.width, s.width),
+        peers={"fla": ("fla.ops.gated_delta_rule", lambda m: m.chunk_gated_delta_rule)},
+    ),
+    "rwkv7": Op(
+        _rwkv7_inputs,
+        _decay_last(generalized_delta_rule),
+        _decay_last(generalized_delta_rule_reference),
+        lambda s: 2.0 * _attention_flops(s),
+        _decay_last(generalized_delta_rule_step),
+        lambda s: (s.batch, s.heads, s.width, s.width),
+        narrow=5,
+        peers={"fla": ("fla.ops.rwkv7", lambda m: _decay_last(m.chunk_rwkv7))},
     ),
     "scan": Op(
         lambda s, draw: [draw(s.batch, s.length, s.channels), draw(s.batch, s.length, s.channels).sigmoid()],
