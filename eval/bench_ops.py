@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from spikelm.kernels.delta_rule import (
     gated_delta_rule,
@@ -124,15 +123,17 @@ def _window_step(*inputs: Tensor) -> tuple[Tensor, ...]:
     keys, values, features, sums, norm = whole.split([WINDOW - 1] * 3 + [whole.shape[3], 1], 2)
     o, state = window_linear_step(*tokens, gamma, WindowState(keys, values, features, sums, norm.squeeze(2), length))
     return o, *state
+
+
 def _gated_delta_inputs(s: Sizes, draw: Callable[..., Tensor]) -> list[Tensor]:
     q, k, v = (draw(s.batch, s.length, s.heads, s.width) for _ in range(3))
     g, beta = (draw(s.batch, s.length, s.heads) for _ in range(2))
-    return [q, normalize(k, dim=-1), v, -0.1 * g.abs(), beta.sigmoid()]
+    return [q, F.normalize(k, dim=-1), v, -0.1 * g.abs(), beta.sigmoid()]
 
 
 def _rwkv7_inputs(s: Sizes, draw: Callable[..., Tensor]) -> list[Tensor]:
     r, w, k, v, erase, rate = (draw(s.batch, s.length, s.heads, s.width) for _ in range(6))
-    erase = normalize(erase, dim=-1)
+    erase = F.normalize(erase, dim=-1)
     return [r, k, v, -erase, erase * rate.sigmoid(), -0.6065 * w.sigmoid()]
 
 
@@ -198,6 +199,7 @@ OPS: dict[str, Op] = {
         lambda s: (s.batch, s.heads, 3 * (WINDOW - 1) + s.width + 1, s.width),
         narrow=5,
         parameters=1,
+    ),
     "gated_delta": Op(
         _gated_delta_inputs,
         gated_delta_rule,
