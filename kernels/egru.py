@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikelm.kernels import egru_torch
+from spikelm.kernels import egru_cpp, egru_torch
 from spikelm.kernels.runtime import check_cu_seqlens, check_floating, contiguous, expect, use_triton, wide_dtype
 from spikelm.kernels.segments import find_segments
 
@@ -296,6 +296,8 @@ def _states(a, weight, threshold, bias, initial_state, cu_seqlens) -> Tensor:
 
 def _path(weight: Tensor, *tensors: Tensor | None) -> Any:
     """The module that computes on these tensors."""
+    if weight.device.type == "cpu" and wide_dtype(*tensors) == torch.float32 and egru_cpp.available():
+        return egru_cpp
     return egru_torch
 
 

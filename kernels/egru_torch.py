@@ -79,8 +79,6 @@ class Rows:
     """Tokens [B, T, heads * K] as rows [heads, R, K] by step, and back."""
 
     segments: Segments
-    batch: int
-    length: int
     heads: int
 
     def take(self, x: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,12 +88,6 @@ class Rows:
     def give(self, rows: Tensor, tokens: Tensor, x: Tensor) -> None:
         """Write the rows [heads, r, K] of these tokens to x."""
         x.view(-1, rows.shape[2])[self._places(tokens)] = rows.to(x.dtype)
-
-    def blank(self, like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-        """[B, T, channels] to be given rows: zero where there is padding."""
-        full = len(self.segments.tokens) == self.batch * self.length
-        make = torch.empty if full else torch.zeros
-        return make((self.batch, self.length, channels), dtype=dtype, device=like.device)
 
     def pieces(self, channels: int):
         """Runs of steps whose rows fit a cache: (first row, end, rows of each step)."""
@@ -140,9 +132,9 @@ def forward(
     """
     heads, width = weight.shape[:2]
     cell = Cell.of(weight.to(first.dtype), bias, threshold, evnn)
-    rows = Rows(segments, *a.shape[:2], heads)
-    events = rows.blank(a, heads * width, a.dtype)
-    states = rows.blank(a, heads * width, first.dtype)
+    rows = Rows(segments, heads)
+    events = segments.blank((*a.shape[:2], heads * width), a.dtype, a.device)
+    states = segments.blank((*a.shape[:2], heads * width), first.dtype, a.device)
     c, y = _by_head(first, heads)
     for begin, end, counts in rows.pieces(heads * width):
         tokens = segments.tokens[begin:end]
@@ -178,8 +170,8 @@ def backward(
     `dends` [S, 2, H] are the gradients of the states behind every segment.
     """
     wide, (heads, width) = first.dtype, weight.shape[:2]
-    cell, rows = Cell.of(weight.to(wide), bias, threshold, evnn), Rows(segments, *a.shape[:2], heads)
-    da, dweight = rows.blank(a, a.shape[2], a.dtype), torch.zeros_like(cell.weight)
+    cell, rows = Cell.of(weight.to(wide), bias, threshold, evnn), Rows(segments, heads)
+    da, dweight = segments.blank(a.shape, a.dtype, a.device), torch.zeros_like(cell.weight)
     dbias, dthreshold = torch.zeros_like(cell.bias), torch.zeros_like(cell.threshold)
     c_first, y_first = _by_head(first, heads)
     dc, carried = _by_head(dends, heads)  # K and what is carried to Y, for every segment

@@ -35,6 +35,11 @@ class Segments:
     fresh: Tensor
     last: Tensor
 
+    def blank(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor [B, T, ...] for results by token: zero if there is padding, which nobody writes."""
+        make = torch.empty if len(self.tokens) == shape[0] * shape[1] else torch.zeros
+        return make(shape, dtype=dtype, device=device)
+
     def first(self, states: Tensor) -> Tensor:
         """States before the first token of every segment [S, ...] from initial states [N, ...]."""
         first = states[self.sequence]
