@@ -115,6 +115,7 @@ const float *mask_of(const Problem &p, int64_t token, int64_t head, const Buffer
     return p.mask ? p.mask + token * p.channels() + head * p.width : constant.data();
 }
 
+template <bool EVNN>
 void forward_tile(const Problem &p, int64_t head, int64_t tile, const float *weight, float *events, float *before,
                   float *ends) {
     const int64_t D = p.width, P = p.padded(), H = p.channels(), from = head * D;
@@ -127,7 +128,7 @@ void forward_tile(const Problem &p, int64_t head, int64_t tile, const float *wei
         std::copy_n(states + H, D, &y[b * P]);
     }
     for (int64_t t = 0, n; t < p.steps && (n = p.running(t, tile)); t++) {
-        if (p.evnn) {
+        if (EVNN) {
             fill_bias(p, head, q.data());
             multiply(q.data(), 3 * P, y.data(), P, 1, weight, 3 * P, D, 3 * P);
         } else {
@@ -135,6 +136,7 @@ void forward_tile(const Problem &p, int64_t head, int64_t tile, const float *wei
             multiply(q.data(), 3 * P, y.data(), P, 1, weight, 3 * P, D, 2 * P);
             for (int64_t b = 0; b < n; b++) {
                 const float *a = p.a + p.tokens[p.row(t, tile) + b] * 3 * H + 3 * from + D;
+#pragma GCC ivdep
                 for (int64_t j = 0; j < D; j++) seen[b * P + j] = y[b * P + j] * sigmoid(a[j] + q[b * 3 * P + P + j]);
             }
             multiply(q.data() + 2 * P, 3 * P, seen.data(), P, 1, weight + 2 * P, 3 * P, D, P);
@@ -145,10 +147,11 @@ void forward_tile(const Problem &p, int64_t head, int64_t tile, const float *wei
             const float *__restrict q_b = &q[b * 3 * P];
             float *__restrict c_b = &c[b * P], *__restrict y_b = &y[b * P];
             float *__restrict p_b = before + token * H + from, *__restrict out = events + token * H + from;
+#pragma GCC ivdep
             for (int64_t j = 0; j < D; j++) {
                 const float one = sigmoid(a[j] + q_b[j]);
                 float fresh;
-                if (p.evnn) {
+                if (EVNN) {
                     const float r = sigmoid(a[D + j] + q_b[P + j]), g = tanh_of(a[2 * D + j] + r * q_b[2 * P + j]);
                     fresh = one * c_b[j] + (1.0f - one) * g;
                 } else {
@@ -158,7 +161,7 @@ void forward_tile(const Problem &p, int64_t head, int64_t tile, const float *wei
                 const bool fired = state > threshold[j];
                 p_b[j] = state;
                 out[j] = y_b[j] = fired ? state : 0.0f;
-                c_b[j] = p.evnn && fired ? state - threshold[j] : state;
+                c_b[j] = EVNN && fired ? state - threshold[j] : state;
             }
         }
     }
@@ -188,6 +191,7 @@ struct Scratch {
 };
 
 // States in front of the step, from those before the reset.
+template <bool EVNN>
 void load_previous(const Problem &p, const Gradients &g, int64_t head, int64_t tile, int64_t t, int64_t n, float *y,
                    Scratch &s) {
     const int64_t D = p.width, P = p.padded(), H = p.channels(), from = head * D;
@@ -201,24 +205,25 @@ void load_previous(const Problem &p, const Gradients &g, int64_t head, int64_t t
             continue;
         }
         const float *state = g.before + p.previous[p.row(t, tile) + b] * H + from;
+#pragma GCC ivdep
         for (int64_t j = 0; j < D; j++) {
             const bool fired = state[j] > threshold[j];
             y_b[j] = fired ? state[j] : 0.0f;
-            c_b[j] = p.evnn && fired ? state[j] - threshold[j] : state[j];
+            c_b[j] = EVNN && fired ? state[j] - threshold[j] : state[j];
         }
     }
 }
 
 // One row of one step: gradient dp of the state before the reset, the threshold's, and what goes to c_{t-1}. In: the
 // share `fresh` that the new state has. Inlined, so that whoever asks for it runs in vectors.
-inline float arrive(const Problem &p, const Gradients &g, float state, float threshold, float dy, float dc,
-                    float &dthreshold) {
+template <bool EVNN>
+inline float arrive(float dampening, float support, float state, float threshold, float dy, float dc, float &dthreshold) {
     const bool fired = state > threshold;
-    float slope = 1.0f - g.support * std::abs(state - threshold);
-    slope = g.dampening * (slope > 0.0f ? slope : 0.0f);
-    const float by_reset = p.evnn ? threshold * dc : 0.0f;
+    float slope = 1.0f - support * std::abs(state - threshold);
+    slope = dampening * (slope > 0.0f ? slope : 0.0f);
+    const float by_reset = EVNN ? threshold * dc : 0.0f;
     const float by_event = slope * (state * dy - by_reset);
-    dthreshold -= by_event + (p.evnn && fired ? dc : 0.0f);
+    dthreshold -= by_event + (EVNN && fired ? dc : 0.0f);
     return dc + (fired ? dy : 0.0f) + by_event;
 }
 
@@ -235,9 +240,12 @@ void backward_evnn(const Problem &p, const Gradients &g, int64_t head, int64_t t
         float *__restrict da = g.da + token * 3 * H + 3 * from, *__restrict dq_b = dq + b * 3 * P;
         float *__restrict dc = &s.dc[b * P], *__restrict carried = &s.carried[b * P];
         float *__restrict dthreshold = s.dthreshold.data();
-        for (int64_t j = 0; j < D && dy; j++) carried[j] += dy[j];
+        const float dampening = g.dampening, support = g.support;
+        if (dy)
+            for (int64_t j = 0; j < D; j++) carried[j] += dy[j];
+#pragma GCC ivdep
         for (int64_t j = 0; j < D; j++) {
-            const float dp = arrive(p, g, state[j], threshold[j], carried[j], dc[j], dthreshold[j]);
+            const float dp = arrive<true>(dampening, support, state[j], threshold[j], carried[j], dc[j], dthreshold[j]);
             const float z = sigmoid(a[j] + q[j]), r = sigmoid(a[D + j] + q[P + j]), q_g = q[2 * P + j];
             const float gate = tanh_of(a[2 * D + j] + r * q_g), fresh = (1.0f - z) * m[j];
             const float dg = dp * fresh * (1.0f - gate * gate);
@@ -262,6 +270,7 @@ void backward_paper(const Problem &p, const Gradients &g, int64_t head, int64_t 
     for (int64_t b = 0; b < n; b++) {
         const float *a = p.a + p.tokens[p.row(t, tile) + b] * 3 * H + 3 * from;
         float *__restrict q = &s.q[b * 3 * P], *__restrict seen_b = seen + b * P;
+#pragma GCC ivdep
         for (int64_t j = 0; j < D; j++) {
             q[P + j] = sigmoid(a[D + j] + q[P + j]);
             seen_b[j] = q[P + j] * y[b * P + j];
@@ -278,9 +287,12 @@ void backward_paper(const Problem &p, const Gradients &g, int64_t head, int64_t 
         float *__restrict da = g.da + token * 3 * H + 3 * from, *__restrict dq_b = dq + b * 3 * P;
         float *__restrict dc = &s.dc[b * P], *__restrict carried = &s.carried[b * P];
         float *__restrict next = &s.new_carried[b * P], *__restrict dthreshold = s.dthreshold.data();
-        for (int64_t j = 0; j < D && dy; j++) carried[j] += dy[j];
+        const float dampening = g.dampening, support = g.support;
+        if (dy)
+            for (int64_t j = 0; j < D; j++) carried[j] += dy[j];
+#pragma GCC ivdep
         for (int64_t j = 0; j < D; j++) {
-            const float dp = arrive(p, g, state[j], threshold[j], carried[j], dc[j], dthreshold[j]);
+            const float dp = arrive<false>(dampening, support, state[j], threshold[j], carried[j], dc[j], dthreshold[j]);
             const float u = sigmoid(a[j] + q[j]), z = tanh_of(a[2 * D + j] + q[2 * P + j]), fresh = u * m[j];
             dc[j] = dp * (1.0f - fresh);
             da[j] = dq_b[j] = dp * m[j] * (z - c[j]) * u * (1.0f - u);
@@ -292,6 +304,7 @@ void backward_paper(const Problem &p, const Gradients &g, int64_t head, int64_t 
     for (int64_t b = 0; b < n; b++) {
         float *da = g.da + p.tokens[p.row(t, tile) + b] * 3 * H + 3 * from + D;
         const float *r = &s.q[b * 3 * P + P], *dseen = &s.dseen[b * P];
+#pragma GCC ivdep
         for (int64_t j = 0; j < D; j++) {
             da[j] = dq[b * 3 * P + P + j] = dseen[j] * seen[b * P + j] * (1.0f - r[j]);
             s.new_carried[b * P + j] += r[j] * dseen[j];
@@ -311,12 +324,12 @@ void flush(const Problem &p, const Gradients &g, int64_t head, int64_t group, in
         multiply(to, 3 * P, &s.y[i], 1, P, s.dq.data(), 3 * P, rows, outer);
         if (!p.evnn) multiply(to + outer, 3 * P, &s.seen[i], 1, P, s.dq.data() + outer, 3 * P, rows, P);
     }
-    for (int64_t block = 0; block < 3 && p.evnn; block++)
-        for (int64_t j = 0; j < D; j++) {
-            float sum = 0.0f;
-            for (int64_t row = 0; row < rows; row++) sum += s.dq[(row * 3 + block) * P + j];
-            g.dbias[(part * 3 + block) * D + j] += sum;
-        }
+    for (int64_t block = 0; block < 3 && p.evnn; block++) {
+        std::fill(s.dseen.begin(), s.dseen.end(), 0.0f);
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t j = 0; j < P; j++) s.dseen[j] += s.dq[(row * 3 + block) * P + j];
+        for (int64_t j = 0; j < D; j++) g.dbias[(part * 3 + block) * D + j] += s.dseen[j];
+    }
     for (int64_t j = 0; j < D; j++) g.dthreshold[part * D + j] += s.dthreshold[j];
     for (Buffer *x : {&s.y, &s.seen, &s.dq, &s.dthreshold}) std::fill(x->begin(), x->end(), 0.0f);
 }
@@ -336,11 +349,13 @@ void backward_task(const Problem &p, const Gradients &g, int64_t head, int64_t g
         for (int64_t t = p.steps_of(tile) - 1; t >= 0; t--) {
             const int64_t n = p.running(t, tile);
             float *y = &s.y[kept * P], *seen = &s.seen[kept * P], *dq = &s.dq[kept * 3 * P];
-            load_previous(p, g, head, tile, t, n, y, s);
-            if (p.evnn)
+            if (p.evnn) {
+                load_previous<true>(p, g, head, tile, t, n, y, s);
                 backward_evnn(p, g, head, tile, t, n, weight.data(), transposed.data(), y, dq, s);
-            else
+            } else {
+                load_previous<false>(p, g, head, tile, t, n, y, s);
                 backward_paper(p, g, head, tile, t, n, weight.data(), transposed.data(), y, seen, dq, s);
+            }
             kept += ROWS;
             if (kept == STEPS * ROWS || t == 0) flush(p, g, head, group, kept, s), kept = 0;
         }
@@ -373,7 +388,7 @@ extern "C" void egru_forward(const Problem *problem, float *events, float *befor
     run(p, threads, [&](int64_t head, int64_t group) {
         const Buffer weight = pack(p, head);
         for (int64_t tile = group; tile * ROWS < p.segments; tile += p.groups)
-            forward_tile(p, head, tile, weight.data(), events, before, ends);
+            (p.evnn ? forward_tile<true> : forward_tile<false>)(p, head, tile, weight.data(), events, before, ends);
     });
 }
 
