@@ -199,7 +199,7 @@ def event_gru(
     a, weight, threshold, bias, initial_state, mask = contiguous(a, weight, threshold, bias, initial_state, mask)
     segments = find_segments("egru", a, cu_seqlens, valid, reset_mask)
     states = _states(a, weight, threshold, bias, initial_state, cu_seqlens)
-    run: Any = _path(weight, a, weight, threshold, bias, states)
+    run: Any = _path(a, weight, threshold, bias, states)
     y, ends, before = run.forward(a, weight, threshold, bias, segments.first(states), mask, segments, evnn, keep)
     return y, segments.final(ends, states), before if save else before.new_empty(0)
 
@@ -253,7 +253,7 @@ def event_gru_backward(
     states = _states(a, weight, threshold, bias, initial_state, cu_seqlens)
     dfinal = torch.zeros_like(states) if dfinal is None else dfinal
     dends, first = segments.final_backward(dfinal), segments.first(states)
-    run: Any = _path(weight, a, weight, threshold, bias, states)
+    run: Any = _path(a, weight, threshold, bias, states)
     arguments = a, weight, threshold, bias, first, before, mask, segments, evnn, keep, dampening, support
     da, dweight, dthreshold, dbias, dfirst = run.backward(dy, dends, *arguments)
     dstates = segments.first_backward(dfirst, dfinal)
@@ -294,9 +294,13 @@ def _states(a, weight, threshold, bias, initial_state, cu_seqlens) -> Tensor:
     return a.new_zeros(sequences, 2, a.shape[2] // 3, dtype=wide)
 
 
-def _path(weight: Tensor, *tensors: Tensor | None) -> Any:
+def _path(a: Tensor, weight: Tensor, *others: Tensor | None) -> Any:
     """The module that computes on these tensors."""
-    if weight.device.type == "cpu" and wide_dtype(*tensors) == torch.float32 and egru_cpp.available():
+    if use_triton(a, weight, *others):
+        from spikelm.kernels import egru_triton
+
+        return egru_triton if weight.shape[1] <= egru_triton.WIDEST else egru_torch
+    if weight.device.type == "cpu" and wide_dtype(a, weight, *others) == torch.float32 and egru_cpp.available():
         return egru_cpp
     return egru_torch
 

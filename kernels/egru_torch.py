@@ -64,6 +64,15 @@ class Cell:
             return new
         return torch.lerp(c, new, mask, out=new)
 
+    def products(self, a: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """What the gates of all rows add to a [heads, r, 3D], and what the last block of the weights multiplied."""
+        if self.evnn:
+            return torch.baddbmm(self.bias, y, self.weight), y
+        q, width = torch.bmm(y, self.weight), y.shape[2]
+        seen = torch.sigmoid(a[..., width : 2 * width] + q[..., width : 2 * width]).mul_(y)
+        q[..., 2 * width :] = torch.bmm(seen, self.weight[..., 2 * width :])
+        return q, seen
+
     def fire(self, before: Tensor, c: Tensor, y: Tensor) -> None:
         """Write y and c of the state before the reset [heads, n, D]."""
         torch.gt(before, self.threshold, out=y)
@@ -112,6 +121,18 @@ def _by_head(states: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 def _by_segment(c: Tensor, y: Tensor) -> Tensor:
     """The inverse of `_by_head`."""
     return torch.stack([c, y]).permute(2, 0, 1, 3).flatten(2)
+
+
+def previous(cell: Cell, rows: Rows, before: Tensor, first: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """c and y [heads, r, D] in front of rows `begin` to `end`, from the states before the reset and the first ones."""
+    earlier = rows.take(before, rows.segments.before[begin:end], before.dtype)
+    c, y = torch.empty_like(earlier), torch.empty_like(earlier)
+    cell.fire(earlier, c, y)
+    if begin == 0 and end > 0:
+        n = rows.segments.running[0]
+        for state, start in zip((c, y), _by_head(first, rows.heads)):
+            state[:, :n] = start[:, :n]
+    return c, y
 
 
 def forward(
@@ -173,16 +194,11 @@ def backward(
     cell, rows = Cell.of(weight.to(wide), bias, threshold, evnn), Rows(segments, heads)
     da, dweight = segments.blank(a.shape, a.dtype, a.device), torch.zeros_like(cell.weight)
     dbias, dthreshold = torch.zeros_like(cell.bias), torch.zeros_like(cell.threshold)
-    c_first, y_first = _by_head(first, heads)
     dc, carried = _by_head(dends, heads)  # K and what is carried to Y, for every segment
     for begin, end, counts in reversed(rows.pieces(heads * width)):
         tokens = segments.tokens[begin:end]
         inputs, p = rows.take(a, tokens, wide), rows.take(before, tokens, wide)
-        earlier = rows.take(before, segments.before[begin:end], wide)
-        c, y = torch.empty_like(earlier), torch.empty_like(earlier)
-        cell.fire(earlier, c, y)
-        if begin == 0:
-            c[:, : counts[0]], y[:, : counts[0]] = c_first[:, : counts[0]], y_first[:, : counts[0]]
+        c, y = previous(cell, rows, before, first, begin, end)
         m = keep if mask is None else rows.take(mask, tokens, wide)
         grads = torch.zeros_like(p) if dy is None else rows.take(dy, tokens, wide)
 

@@ -25,6 +25,7 @@ class Segments:
         before: [R] int64, token in front of it in its segment; a first token stands for itself.
         sequence: [S] int64, sequence of every segment.
         fresh: [S] bool, whether the segment starts from zero.
+        lengths: [S] int64, tokens of every segment that are not padding.
         last: [N] int64, segment that ends every sequence; -1 for one without tokens, whose state stays.
     """
 
@@ -33,6 +34,7 @@ class Segments:
     before: Tensor
     sequence: Tensor
     fresh: Tensor
+    lengths: Tensor
     last: Tensor
 
     def blank(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -118,5 +120,5 @@ def _find(bounds: list[int], valid: Tensor | None, reset: Tensor | None, device:
     step = torch.arange(len(tokens)) - (lengths.cumsum(0) - lengths)[owner]
     before = tokens[torch.arange(len(tokens)) - (step > 0).long()]
     rows = torch.argsort(step * max(1, len(sequence)) + rank[owner])
-    tensors = tokens[rows], before[rows], sequence[order], fresh[order], last
+    tensors = tokens[rows], before[rows], sequence[order], fresh[order], lengths[order], last
     return Segments(tuple(torch.bincount(step).tolist()), *(x.to(device) for x in tensors))
