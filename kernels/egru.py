@@ -95,6 +95,7 @@ def egru(
     return event_gru(*leaves, *masks, form == "evnn", keep, float(dampening), float(support), save)[:2]
 
 
+@torch.no_grad()
 def egru_step(
     a: Tensor,
     weight: Tensor,
@@ -107,7 +108,7 @@ def egru_step(
 ) -> tuple[Tensor, Tensor]:
     """One token of `egru` for decoding: a [B, 3H], state [B, 2, H] -> y [B, H], new state in the dtype of `state`.
 
-    Without gradients through the events: they are plain comparisons. The other arguments are those of `egru`.
+    Without gradients; the other arguments are those of `egru`.
     """
     weight = weight[None] if weight.ndim == 2 else weight
     _check("egru_step", a[:, None] if a.ndim == 2 else a, weight, threshold, form, bias, zoneout, 1.0, state)

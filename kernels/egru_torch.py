@@ -204,14 +204,14 @@ def backward(
 
         fired = (p > cell.threshold).to(wide)
         slope = (p - cell.threshold).abs_().mul_(-support).add_(1.0).clamp_(min=0.0).mul_(dampening)
-        by_y = torch.addcmul(fired, p, slope)
-        by_c = torch.addcmul(torch.ones_like(p), slope, cell.threshold, value=-1.0) if evnn else torch.ones_like(p)
+        at_y, at_c = p * slope, slope * cell.threshold  # what the event gets of Y and K
+        by_y, by_c = fired + at_y, 1.0 - at_c
         run = _evnn_piece if evnn else _paper_piece
         grad_a, grad_q, left, dc_rows = run(cell, inputs, c, y, m, grads, by_c, by_y, dc, carried, counts)
         rows.give(grad_a, tokens, da)
-        dthreshold -= (grads * (by_y - fired)).sum(1, keepdim=True)
+        dthreshold -= (grads * at_y).sum(1, keepdim=True)
         if evnn:
-            dthreshold -= (dc_rows * (fired + by_c - 1.0)).sum(1, keepdim=True)
+            dthreshold -= (dc_rows * (fired - at_c)).sum(1, keepdim=True)
             dbias += grad_q.sum(1, keepdim=True)
         for columns, x in left:
             dweight[..., columns].baddbmm_(x.mT, grad_q[..., columns])

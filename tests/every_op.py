@@ -32,6 +32,15 @@ def lif(leaf, width):
         lif(leaf(1, 4, width), 0.5, 1.0, astrocyte=unit)[0].sum().backward()
 
 
+def egru(leaf, width):
+    from spikelm.kernels.egru import egru
+
+    a, weight, threshold = leaf(1, 4, 3 * width), leaf(2, width // 2, 3 * width // 2), leaf(width)
+    mask = torch.ones(1, 4, width, dtype=torch.bool)
+    egru(a, weight, threshold, form="evnn", bias=leaf(3 * width), zoneout=mask)[0].sum().backward()
+    egru(a, weight, threshold, form="paper")[1].sum().backward()
+
+
 def spike_encode(leaf, width):
     from spikelm.kernels.spike_encode import rms_norm_spike_encode, spike_encode, spike_quantize
 
@@ -69,6 +78,7 @@ def window_linear(leaf, width):
 
 
 CALLS = (attention, window_linear, delta_rule, scan, lif, spike_encode, spike_train, wkv)
+CALLS = (attention, window_linear, scan, lif, egru, spike_encode, spike_train, wkv)
 
 
 def run_every_op(dtype, width):
