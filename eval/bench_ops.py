@@ -17,6 +17,8 @@ from spikelm.kernels.delta_rule import (
     generalized_delta_rule_reference,
     generalized_delta_rule_step,
 )
+from spikelm.kernels.egru import egru, egru_step
+from spikelm.kernels.egru_reference import egru_reference
 from spikelm.kernels.gla import gla, gla_reference, gla_step
 from spikelm.kernels.lif import lif, lif_step
 from spikelm.kernels.lif_reference import lif_reference
@@ -265,6 +267,20 @@ OPS: dict[str, Op] = {
         lambda x, state: lif_step(x, 0.5, 1.0, state),
         lambda s: (s.batch, s.channels),
         peers={"spikingjelly": ("spikingjelly.activation_based.neuron", _spikingjelly)},
+    ),
+    "egru": Op(
+        lambda s, draw: [
+            draw(s.batch, s.length, 3 * s.channels),
+            draw(s.heads, s.width, 3 * s.width) / s.width**0.5,
+            0.1 * draw(s.channels).abs(),
+        ],
+        lambda a, weight, threshold: egru(a, weight, threshold, form="evnn"),
+        lambda a, weight, threshold: egru_reference(a, weight, threshold, form="evnn"),
+        lambda s: 6.0 * s.batch * s.length * s.channels * s.width,
+        lambda a, weight, threshold, state: egru_step(a, weight, threshold, state, form="evnn"),
+        lambda s: (s.batch, 2, s.channels),
+        narrow=1,
+        parameters=2,
     ),
     "spike_encode": Op(
         lambda s, draw: [draw(s.batch, s.length, s.channels)],

@@ -42,7 +42,9 @@ def _problem(a, weight, threshold, bias, first, mask, segments: Segments, evnn, 
     heads, width = weight.shape[:2]
     bias = a.new_zeros(3 * heads * width) if bias is None else bias
     offsets = torch.tensor([0, *accumulate(segments.running)])
-    floats: Sequence[Tensor | None] = [None if x is None else x.float() for x in (a, weight, bias, threshold, first, mask)]
+    floats: Sequence[Tensor | None] = [
+        None if x is None else x.float() for x in (a, weight, bias, threshold, first, mask)
+    ]
     tensors = [*floats, offsets, segments.tokens, segments.before]
     count = len(segments.sequence)
     groups = max(1, min(-(-count // 4), -(-_TASKS // heads)))

@@ -3,7 +3,7 @@
 Forward, the weights of the head and the states of the tile stay on the chip, which holds heads of up to `WIDEST`
 channels; wider ones take the torch path, with its launches per token. Backward, the products in front of the gates
 come from one matrix product over all tokens, and the gradient of the weights is another; the kernel does what goes token
-by token. Products are float32, so that events do not depend on the dtype of the weights. No sum is atomic.
+by token. Forward products are float32, so that events do not depend on the dtype of the weights. No sum is atomic.
 """
 
 import torch
@@ -12,10 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from spikelm.kernels.egru_torch import Cell, Rows, previous
+from spikelm.kernels.runtime import INTERPRETED
 from spikelm.kernels.segments import Segments
 from spikelm.kernels.triton_tools import dot, next_power_of_two
 
 WIDEST = 64
+# Backward, no event hangs on a product. Six products of bfloat16 parts are as good as one of float32; asked for float32
+# itself, the compiler of Triton 3.9 breaks down on this kernel for cuda 90. The interpreter knows no such products.
+CARRY = tl.constexpr("ieee" if INTERPRETED else "bf16x6")
 TILE = 16  # segments of a program: the least that a matrix unit takes
 
 
@@ -153,15 +157,15 @@ def egru_backward_kernel(
         b_dnew = b_dp * b_fresh * (1.0 - b_new * b_new)
         b_d1 = b_dp * b_m * (b_c - b_new if EVNN else b_new - b_c) * b_one * (1.0 - b_one)
         if EVNN:
-            b_d2 = b_dnew * b_q3 * b_r * (1.0 - b_r)
             b_d3 = b_dnew * b_r
-            b_next = dot(b_d3, b_w3)
+            b_d2 = b_d3 * b_q3 * (1.0 - b_r)
+            b_next = dot(b_d3, b_w3, CARRY)
         else:
             b_d3 = b_dnew
-            b_dseen = dot(b_d3, b_w3)
+            b_dseen = dot(b_d3, b_w3, CARRY)
             b_d2 = b_dseen * tl.load(y + b_row * D + o_d[None, :], mask=m, other=0.0) * b_r * (1.0 - b_r)
             b_next = b_r * b_dseen - b_m * b_dp
-        b_next += dot(b_d1, b_w1) + dot(b_d2, b_w2)
+        b_next += dot(b_d1, b_w1, CARRY) + dot(b_d2, b_w2, CARRY)
         p_a, p_q = da + o_a + o_d[None, :], q + o_q + o_d[None, :]
         tl.store(p_a, b_d1.to(da.dtype.element_ty), mask=m)
         tl.store(p_a + D, b_d2.to(da.dtype.element_ty), mask=m)
@@ -224,7 +228,22 @@ def backward(
     da, dfirst = segments.blank(a.shape, a.dtype, a.device), torch.empty_like(first)
     grid = _grid(first, weight)
     dthreshold = torch.empty((grid[0], heads * width), dtype=torch.float32, device=a.device)
-    tensors = dy, dends, a, q, c, y, before, weight, threshold, _numbers(mask), *_steps(segments), da, dfirst, dthreshold
+    tensors = (
+        dy,
+        dends,
+        a,
+        q,
+        c,
+        y,
+        before,
+        weight,
+        threshold,
+        _numbers(mask),
+        *_steps(segments),
+        da,
+        dfirst,
+        dthreshold,
+    )
     if len(first):
         options = len(first), len(segments.tokens), keep, dampening, support
         egru_backward_kernel[grid](*tensors, *options, **_constants(weight, evnn))

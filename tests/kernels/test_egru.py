@@ -207,7 +207,10 @@ def test_the_papers_form_in_plain_numbers():
             for t in range(a.shape[1]):
                 a_t = a[b, t].view(heads, 3, width)[h].tolist()
                 u, r = (
-                    [sigmoid(a_t[i][n] + sum(e * w[k][i * width + n] for k, e in enumerate(event))) for n in range(width)]
+                    [
+                        sigmoid(a_t[i][n] + sum(e * w[k][i * width + n] for k, e in enumerate(event)))
+                        for n in range(width)
+                    ]
                     for i in range(2)
                 )
                 seen = [r_n * e for r_n, e in zip(r, event)]
