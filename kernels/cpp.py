@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread")
 
 
-@lru_cache(maxsize=None)
+@cache
 def library(name: str) -> ctypes.CDLL | None:
     """The compiled `kernels/<name>.cpp`, or None where it cannot be had; a compiler that fails is warned about."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))

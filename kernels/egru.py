@@ -159,9 +159,9 @@ def _check(op, a, weight, threshold, form, bias, zoneout, support, initial_state
     elif zoneout is not None:
         expect(0.0 <= zoneout <= 1.0, op, "zoneout", "a probability in [0, 1]", zoneout, "Or pass a mask.")
     if op == "egru_step":
-        expected = (a.shape[0], 2, channels)
-        fits = tuple(initial_state.shape) == expected
-        expect(fits, op, "state", f"[B, 2, H] = {list(expected)}", tuple(initial_state.shape), "c and y of each row.")
+        expected = [a.shape[0], 2, channels]
+        fits = list(initial_state.shape) == expected
+        expect(fits, op, "state", f"[B, 2, H] = {expected}", tuple(initial_state.shape), "c and y of each row.")
 
 
 def _check_sequences(a, initial_state, valid, reset_mask, cu_seqlens) -> None:
@@ -172,8 +172,8 @@ def _check_sequences(a, initial_state, valid, reset_mask, cu_seqlens) -> None:
     check_cu_seqlens("egru", cu_seqlens, a.shape[0])
     expected = (a.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, 2, a.shape[2] // 3)
     fits = initial_state is None or tuple(initial_state.shape) == expected
-    got = None if initial_state is None else tuple(initial_state.shape)
-    expect(fits, "egru", "initial_state", f"[N, 2, H] = {list(expected)}", got, "c and y of every sequence.")
+    shape = None if initial_state is None else tuple(initial_state.shape)
+    expect(fits, "egru", "initial_state", f"[N, 2, H] = {list(expected)}", shape, "c and y of every sequence.")
 
 
 @torch.library.custom_op("spikelm::event_gru", mutates_args=())

@@ -1,4 +1,4 @@
-"""The event-based GRU on the CPU through `egru.cpp`, in float32: what `egru_torch.py` does, without its calls per token.
+"""The event-based GRU on the CPU through `egru.cpp`, in float32: as `egru_torch.py`, without its calls per token.
 
 Events are decided by the same comparison of a state that other sums have rounded, so they agree with the other paths
 except where a state meets its threshold to the last bits.

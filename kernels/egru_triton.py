@@ -2,8 +2,8 @@
 
 Forward, the weights of the head and the states of the tile stay on the chip, which holds heads of up to `WIDEST`
 channels; wider ones take the torch path, with its launches per token. Backward, the products in front of the gates
-come from one matrix product over all tokens, and the gradient of the weights is another; the kernel does what goes token
-by token. Forward products are float32, so that events do not depend on the dtype of the weights. No sum is atomic.
+come from one matrix product over all tokens, and the gradient of the weights is another; the kernel does what goes
+token by token. Forward products are float32: events do not depend on the dtype of the weights. No sum is atomic.
 """
 
 import torch

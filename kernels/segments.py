@@ -88,9 +88,9 @@ def find_segments(
     batch, length = tokens.shape[:2]
     if cu_seqlens is None and valid is None and reset_mask is None:
         return _uniform(batch, length, tokens.device)
-    bounds = range(0, batch * length + 1, length) if length else [0] * (batch + 1)
-    bounds = list(bounds) if cu_seqlens is None else sequence_bounds(op, cu_seqlens, length)
-    return _find(bounds, *(None if m is None else m.cpu().flatten() for m in (valid, reset_mask)), tokens.device)
+    bounds = [b * length for b in range(batch + 1)] if cu_seqlens is None else sequence_bounds(op, cu_seqlens, length)
+    valid, reset_mask = (None if m is None else m.cpu().flatten() for m in (valid, reset_mask))
+    return _find(bounds, valid, reset_mask, tokens.device)
 
 
 @lru_cache(maxsize=64)
