@@ -42,6 +42,16 @@ def load_block(p, o_row, m, BLOCK: tl.constexpr, D: tl.constexpr, o_d):
 
 
 @triton.jit
+def load_mask(mask, keep, o_y, m):
+    """Share of the new state: that of the mask, or a constant."""
+    if mask is not None:
+        b_m = tl.load(mask + o_y, mask=m, other=0.0).to(tl.float32)
+    else:
+        b_m = keep
+    return b_m
+
+
+@triton.jit
 def egru_forward_kernel(
     a, weight, bias, threshold, first, mask, tokens, offsets, lengths, events, before, ends, segments, keep,
     HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, EVNN: tl.constexpr,
@@ -83,9 +93,7 @@ def egru_forward_kernel(
             b_u = sigmoid(b_a1 + dot(b_y, b_w1))
             b_r = sigmoid(b_a2 + dot(b_y, b_w2))
             b_new = b_u * tanh(b_a3 + dot(b_r * b_y, b_w3)) + (1.0 - b_u) * b_c - b_y
-        b_m = keep
-        if mask is not None:
-            b_m = tl.load(mask + o_y, mask=m, other=0.0).to(tl.float32)
+        b_m = load_mask(mask, keep, o_y, m)
         b_p = (1.0 - b_m) * b_c + b_m * b_new
         b_fired = b_p > b_threshold
         b_event = tl.where(b_fired, b_p, 0.0)
@@ -139,9 +147,7 @@ def egru_backward_kernel(
         b_q3 = load_block(q, o_q, m, 2, D, o_d)
         b_new = tanh(load_block(a, o_a, m, 2, D, o_d) + (b_r * b_q3 if EVNN else b_q3))
         b_c = tl.load(c + b_row * D + o_d[None, :], mask=m, other=0.0)
-        b_m = keep
-        if mask is not None:
-            b_m = tl.load(mask + o_y, mask=m, other=0.0).to(tl.float32)
+        b_m = load_mask(mask, keep, o_y, m)
 
         b_y = b_carried
         if dy is not None:

@@ -125,7 +125,7 @@ def compare(ratio, *arguments, distances, **choices):
     ],
 )
 def test_every_path_against_the_definition(device, form, shape, zoneout, masked, distances):
-    if device == "interpreted" and shape in ("T37", "T63", "T100"):
+    if device == "interpreted" and (shape in ("T37", "T63", "T100") or (shape == "packed" and not masked)):
         pytest.skip("slow to interpret, and others cross tiles and sequences too")
     compare(2e-6, shape, form, device, zoneout=zoneout, masked=masked, distances=distances)
 
