@@ -270,7 +270,8 @@ def _steps(segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
 
 def _constants(weight: Tensor, evnn: bool) -> dict:
     heads, width = weight.shape[:2]
-    return {"HEADS": heads, "D": width, "BD": next_power_of_two(width), "BS": TILE, "EVNN": evnn, "num_warps": 4}
+    warps = 8 if width > 32 else 4  # wide heads spill with 4
+    return {"HEADS": heads, "D": width, "BD": next_power_of_two(width), "BS": TILE, "EVNN": evnn, "num_warps": warps}
 
 
 def _grid(first: Tensor, weight: Tensor) -> tuple[int, int]:
