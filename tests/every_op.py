@@ -77,8 +77,7 @@ def window_linear(leaf, width):
     window_linear(q, k, v, fq, fk, leaf(2) + 1, window=3)[0].sum().backward()
 
 
-CALLS = (attention, window_linear, delta_rule, scan, lif, spike_encode, spike_train, wkv)
-CALLS = (attention, window_linear, scan, lif, egru, spike_encode, spike_train, wkv)
+CALLS = (attention, window_linear, delta_rule, scan, lif, egru, spike_encode, spike_train, wkv)
 
 
 def run_every_op(dtype, width):
