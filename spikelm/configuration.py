@@ -41,7 +41,7 @@ class SpikeLMConfig(PreTrainedConfig):
             head_dim, hidden_act, max_position_embeddings, initializer_range, tie_word_embeddings: as in Llama.
             `num_key_value_heads` defaults to the query heads, `head_dim` to `hidden_size // num_attention_heads`.
         mixers: the token mixer of every layer: `attention` (full), `swa` (sliding window), `gla` (gated linear
-            attention), `retention`, `rwkv4`, `hgrn`, `mingru`, or two side by side as `gla+swa`. One name
+            attention), `retention`, `rwkv4`, `rwkv7`, `hgrn`, `mingru`, or two side by side as `gla+swa`. One name
             stands for all layers.
         ffns: the channel mixer of every layer: `gated` (SwiGLU, GeGLU: decided by `hidden_act`), `rwkv` and
             `rwkv7` (squared ReLU behind a token shift), `none`.
@@ -64,6 +64,8 @@ class SpikeLMConfig(PreTrainedConfig):
             spike-coded with `spike_k`, keys and values rounded to int8 steps, all per token and head.
         parallel_shared_projections: whether `a+b` layers share one set of q, k, v, o projections.
         ffn_bias: biases of the gated ffn.
+        rwkv_decay_rank, rwkv_rate_rank, rwkv_value_rank, rwkv_gate_rank: ranks of RWKV-7's low-rank maps; None: as
+            published for the width.
         event_threshold: initial threshold of the events of `hgrn` and `mingru`; learned per channel.
         gla_feature_map: `relu`, `sigmoid` or `softplus` on q and k.
         gla_gate: `low_rank` or `dense` (learned, log-sigmoid of two linears or of one), or `tied` (decay 1 - k; needs
@@ -156,6 +158,10 @@ class SpikeLMConfig(PreTrainedConfig):
 
     ffn_bias: bool | list[bool] = False
 
+    rwkv_decay_rank: int | None = None
+    rwkv_rate_rank: int | None = None
+    rwkv_value_rank: int | None = None
+    rwkv_gate_rank: int | None = None
     event_threshold: float | int | list[float | int] = 0.0
 
     gla_feature_map: str | list[str] = "relu"

@@ -20,7 +20,7 @@ FEATURE_MAPS = ("relu", "sigmoid", "softplus")
 GATES = ("low_rank", "dense", "tied")
 FFNS = ("gated", "rwkv", "rwkv7", "none")
 HEAD_MIXERS = ("attention", "swa", "gla", "retention")  # mix heads between shared q, k, v, o projections
-MIXERS = (*HEAD_MIXERS, "rwkv4", "hgrn", "mingru")
+MIXERS = (*HEAD_MIXERS, "rwkv4", "rwkv7", "hgrn", "mingru")
 ROTATED = frozenset({"attention", "swa", "retention"})
 
 # Fields that may be a list with one value for each layer.
@@ -118,7 +118,19 @@ def _gla(config: "SpikeLMConfig", i: int, where: str) -> None:
         )
 
 
-CHECKS: dict[str, Callable[["SpikeLMConfig", int, str], None]] = {"swa": _swa, "gla": _gla}
+def _rwkv7(config: "SpikeLMConfig", i: int, where: str) -> None:
+    heads, _, width = config.head_shape
+    if heads * width != config.hidden_size:
+        raise ValueError(
+            f"mixers{where}: 'rwkv7' has num_attention_heads x head_dim = hidden_size; got {heads} x {width} and "
+            f"{config.hidden_size}."
+        )
+    for name in ("decay", "rate", "value", "gate"):
+        if (rank := getattr(config, f"rwkv_{name}_rank")) is not None:
+            positive(f"rwkv_{name}_rank", rank)
+
+
+CHECKS: dict[str, Callable[["SpikeLMConfig", int, str], None]] = {"swa": _swa, "gla": _gla, "rwkv7": _rwkv7}
 
 
 def _spikes(config: "SpikeLMConfig") -> None:

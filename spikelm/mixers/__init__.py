@@ -9,6 +9,7 @@ from spikelm.mixers.gla import GatedLinearCore
 from spikelm.mixers.heads import HeadMixer, ParallelMixer
 from spikelm.mixers.retention import RetentionCore
 from spikelm.mixers.rwkv4 import RWKV4
+from spikelm.mixers.rwkv7 import RWKV7
 from spikelm.mixers.scans import HGRN, MinGRU
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ CORES = {
     "retention": RetentionCore,
 }
 # Mixers with projections of their own kind.
-MIXERS = {"rwkv4": RWKV4, "hgrn": HGRN, "mingru": MinGRU}
+MIXERS = {"rwkv4": RWKV4, "rwkv7": RWKV7, "hgrn": HGRN, "mingru": MinGRU}
 
 
 def make_mixer(config: "SpikeLMConfig", layer_idx: int) -> nn.Module:
