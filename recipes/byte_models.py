@@ -4,18 +4,20 @@
     python -m spikelm.recipes.byte_models recipes/byte_models.yaml --out runs/bytes
 
 Each model of the YAML file is trained with transformers' Trainer (about ten minutes on two CPU cores), saved as a model
-folder, and measured on whole files that were held out: bits per byte, silent share, synaptic operations, speed. Byte
-n-gram models stand beside them. `table.md`, `results.json` and `curves.png` appear in the output folder; a model whose
-results are there already is not trained again.
+folder, and measured on whole files that were held out: bits per byte, silent share, synaptic operations. Byte n-gram
+models stand beside them. At the end all models are timed in turns. `table.md`, `results.json` and `curves.png` appear
+in the output folder; a model whose results are there already is not trained again.
 """
 
 import json
 import math
 import os
 import platform
+import statistics
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import cache
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,15 @@ from transformers import ByT5Tokenizer, Trainer, TrainerCallback, TrainingArgume
 from spikelm import SpikeLMConfig, SpikeLMForCausalLM, SpikeStatistics, spike_groups
 from spikelm.recipes.ngram import bits_per_byte as count_bits
 
-TOKENIZER = ByT5Tokenizer(extra_ids=0)
-FIRST_BYTE = TOKENIZER.offset  # ids below are special tokens
 NGRAMS = (3, 4, 5)
-CURVE_POINTS, CURVE_WINDOWS = 12, 64
-DECODED = 256
+CURVE_POINTS, CURVE_WINDOWS = 12, 32
+ROUNDS, DECODED = 7, 64
+
+
+@cache
+def byte_tokenizer() -> ByT5Tokenizer:
+    """A token is a byte; the ids below `offset` are special tokens."""
+    return ByT5Tokenizer(extra_ids=0)
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,9 @@ class Recipe:
 
     def config(self, name: str) -> SpikeLMConfig:
         """The configuration of a model. Raises ValueError or StrictDataclassError for fields that do not fit."""
-        special = {"pad_token_id": TOKENIZER.pad_token_id, "eos_token_id": TOKENIZER.eos_token_id}
-        return SpikeLMConfig(vocab_size=len(TOKENIZER), **special, **{**self.common, **self.models[name]})
+        tokenizer = byte_tokenizer()
+        special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        return SpikeLMConfig(vocab_size=len(tokenizer), **special, **{**self.common, **self.models[name]})
 
     def read_texts(self) -> tuple[bytes, bytes]:
         """Text to train on and text held out, by whole files. Raises ValueError if one is missing."""
@@ -187,26 +194,43 @@ def train(config: SpikeLMConfig, recipe: Recipe, ids: Tensor, heldout: Tensor, f
     seconds = time.perf_counter() - started - curve.seconds
     model.eval()
     model.save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     measured = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "bits_per_byte": bits_per_byte(model, heldout, recipe.window),
-        "train_tokens_per_s": steps * recipe.batch * recipe.window / seconds,
         "train_seconds": seconds,
-        "decode_tokens_per_s": decode_speed(model, heldout[: recipe.window // 2]),
         "curve": curve.points,
     }
     return measured | spikes(model, heldout[: 16 * recipe.window], recipe.window)
 
 
-@torch.no_grad()
-def decode_speed(model: SpikeLMForCausalLM, prompt: Tensor) -> float:
-    """Bytes per second of greedy generation, one text at a time, its prompt's prefill included."""
-    options = {"do_sample": False, "attention_mask": torch.ones_like(prompt)[None]}
-    model.generate(prompt[None], max_new_tokens=8, **options)
-    started = time.perf_counter()
-    out = model.generate(prompt[None], min_new_tokens=DECODED, max_new_tokens=DECODED, **options)
-    return (out.shape[1] - len(prompt)) / (time.perf_counter() - started)
+def speeds(folders: dict[str, Path], recipe: Recipe, ids: Tensor) -> dict[str, dict[str, float]]:
+    """Tokens per second of training steps and of greedy decoding (one text): medians, all models taking turns."""
+    models = {name: SpikeLMForCausalLM.from_pretrained(folder) for name, folder in folders.items()}
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=0.0) for name, model in models.items()}
+    windows = Windows(ids, recipe.window, (ROUNDS + 1) * recipe.batch, recipe.seed + 1)
+    seconds: dict[str, dict[str, list[float]]] = {name: {"train": [], "decode": []} for name in models}
+    for i in range(ROUNDS + 1):  # the first round warms up
+        rows = torch.stack([windows[j]["input_ids"] for j in range(i * recipe.batch, (i + 1) * recipe.batch)])
+        for name, model in models.items():
+            started = time.perf_counter()
+            model.train()(rows, labels=rows).loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            middle = time.perf_counter()
+            prompt = rows[:1, : recipe.window // 2]
+            options = {"do_sample": False, "attention_mask": torch.ones_like(prompt)}
+            model.eval().generate(prompt, min_new_tokens=DECODED, max_new_tokens=DECODED, **options)
+            if i:
+                seconds[name]["train"].append(middle - started)
+                seconds[name]["decode"].append(time.perf_counter() - middle)
+    return {
+        name: {
+            "train_tokens_per_s": recipe.batch * recipe.window / statistics.median(spent["train"]),
+            "decode_tokens_per_s": DECODED / statistics.median(spent["decode"]),
+        }
+        for name, spent in seconds.items()
+    }
 
 
 @torch.no_grad()
@@ -258,8 +282,8 @@ def as_table(results: dict[str, Any]) -> str:
             cell(r["silent_share"], ".3f"),
             cell(r["synops_per_token"], ",.0f"),
             cell(r["dense_macs_per_token"], ",.0f"),
-            cell(r["train_tokens_per_s"], ",.0f"),
-            cell(r["decode_tokens_per_s"], ",.0f"),
+            cell(r.get("train_tokens_per_s"), ",.0f"),
+            cell(r.get("decode_tokens_per_s"), ",.0f"),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -286,22 +310,31 @@ def run(recipe: Recipe, out: Path) -> dict[str, Any]:
     train_text, heldout_text = recipe.read_texts()
     configs = {name: recipe.config(name) for name in recipe.models}  # a mistake shows before hours of training
     out.mkdir(parents=True, exist_ok=True)
-    ids, heldout = (torch.tensor(list(text)) + FIRST_BYTE for text in (train_text, heldout_text))
+    ids, heldout = (torch.tensor(list(text)) + byte_tokenizer().offset for text in (train_text, heldout_text))
     file = out / "results.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
     if not results:
         ngrams = {order: count_bits(train_text, heldout_text, order) for order in NGRAMS}
         sizes = {"train_bytes": len(train_text), "heldout_bytes": len(heldout_text)}
-        results = {"machine": machine(), **sizes, "tokens": recipe.tokens, "ngrams": ngrams, "models": {}}
-    for name in recipe.models:
-        if name not in results["models"]:
-            print(f"Training {name}", file=sys.stderr)
-            results["models"][name] = train(configs[name], recipe, ids, heldout, out / name)
+        results = {**sizes, "tokens": recipe.tokens, "ngrams": ngrams, "models": {}}
+
+    def save() -> None:
         fresh = file.with_suffix(".part")
         fresh.write_text(json.dumps(results, indent=1) + "\n")
         fresh.replace(file)
         (out / "table.md").write_text(as_table(results))
         draw_curves(results, out / "curves.png")
+
+    for name in recipe.models:
+        if name not in results["models"]:
+            print(f"Training {name}", file=sys.stderr)
+            results["models"][name] = train(configs[name], recipe, ids, heldout, out / name)
+            save()
+    timed = speeds({name: out / name for name in recipe.models}, recipe, ids)
+    for name, figures in timed.items():
+        results["models"][name].update(figures)
+    results["machine"] = machine()
+    save()
     return results
 
 
