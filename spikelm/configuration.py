@@ -44,7 +44,7 @@ class SpikeLMConfig(PreTrainedConfig):
             attention), `retention`, `rwkv4`, `rwkv7`, `hgrn`, `mingru`, or two side by side as `gla+swa`. One name
             stands for all layers.
         ffns: the channel mixer of every layer: `gated` (SwiGLU, GeGLU: decided by `hidden_act`), `rwkv` and
-            `rwkv7` (squared ReLU behind a token shift), `none`.
+            `rwkv7` (squared ReLU behind a token shift), `moe` (a routed mixture of gated ones), `none`.
         pre_norm, post_norm: norm before and after mixer and ffn (`rmsnorm`, `rmsnorm_1p` with weight 1 + w,
             `layernorm`, `identity`); per layer if a list. `final_norm`: before the head.
         norm_eps: epsilon of all norms. residual: whether a block adds to its input.
@@ -64,6 +64,7 @@ class SpikeLMConfig(PreTrainedConfig):
             spike-coded with `spike_k`, keys and values rounded to int8 steps, all per token and head.
         parallel_shared_projections: whether `a+b` layers share one set of q, k, v, o projections.
         ffn_bias: biases of the gated ffn.
+        moe_experts, moe_top_k: routed experts of `moe` beside the shared one, and how many of them a token takes.
         rwkv_decay_rank, rwkv_rate_rank, rwkv_value_rank, rwkv_gate_rank: ranks of RWKV-7's low-rank maps; None: as
             published for the width.
         event_threshold: initial threshold of the events of `hgrn` and `mingru`; learned per channel.
@@ -157,6 +158,8 @@ class SpikeLMConfig(PreTrainedConfig):
     parallel_shared_projections: bool | list[bool] = True
 
     ffn_bias: bool | list[bool] = False
+    moe_experts: int = 16
+    moe_top_k: int = 1
 
     rwkv_decay_rank: int | None = None
     rwkv_rate_rank: int | None = None

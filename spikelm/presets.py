@@ -52,9 +52,22 @@ _SPIKINGBRAIN_TINY = _SPIKINGBRAIN | {
     "attention_window": 8,
 }
 
+# One layer in seven has full attention beside linear attention, the others a window. The report leaves open whether the
+# branches share their projections (shared here). Its 128 prepended sink tokens are not built yet.
+_SPIKINGBRAIN_76B = _SPIKINGBRAIN_7B | {
+    "mixers": (["gla+swa"] * 6 + ["gla+attention"]) * 4,
+    "gla_feature_map": "sigmoid",
+    "gla_gate": "tied",
+    "ffns": ["gated" if i in (0, 1, 2, 4, 6, 8, 10) else "moe" for i in range(28)],
+    "moe_experts": 16,
+    "moe_top_k": 1,
+    "attention_window_off_by_one": False,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "spikingbrain-7b": _SPIKINGBRAIN_7B,
     "spikingbrain-7b-w8aspike": _SPIKINGBRAIN_7B | _W8ASPIKE,
+    "spikingbrain-76b": _SPIKINGBRAIN_76B,
     "spikingbrain-tiny": _SPIKINGBRAIN_TINY,  # for tests and first steps
     "spikingbrain-tiny-w8aspike": _SPIKINGBRAIN_TINY | _W8ASPIKE,
 }

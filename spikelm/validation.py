@@ -18,7 +18,7 @@ THRESHOLDS = ("token", "calibrated", "learned")
 NEURONS = ("none", "lif", "plif", "astrocyte", "dsn")
 FEATURE_MAPS = ("relu", "sigmoid", "softplus")
 GATES = ("low_rank", "dense", "tied")
-FFNS = ("gated", "rwkv", "rwkv7", "none")
+FFNS = ("gated", "moe", "rwkv", "rwkv7", "none")
 HEAD_MIXERS = ("attention", "swa", "gla", "retention")  # mix heads between shared q, k, v, o projections
 MIXERS = (*HEAD_MIXERS, "rwkv4", "rwkv7", "hgrn", "mingru")
 ROTATED = frozenset({"attention", "swa", "retention"})
@@ -130,7 +130,21 @@ def _rwkv7(config: "SpikeLMConfig", i: int, where: str) -> None:
             positive(f"rwkv_{name}_rank", rank)
 
 
-CHECKS: dict[str, Callable[["SpikeLMConfig", int, str], None]] = {"swa": _swa, "gla": _gla, "rwkv7": _rwkv7}
+def _moe(config: "SpikeLMConfig", i: int, where: str) -> None:
+    positive("moe_experts", config.moe_experts)
+    if not 1 <= config.moe_top_k <= config.moe_experts:
+        raise ValueError(
+            f"moe_top_k must lie between 1 and moe_experts ({config.moe_experts}) for the ffn{where}; got "
+            f"{config.moe_top_k}."
+        )
+
+
+CHECKS: dict[str, Callable[["SpikeLMConfig", int, str], None]] = {
+    "swa": _swa,
+    "gla": _gla,
+    "rwkv7": _rwkv7,
+    "moe": _moe,
+}
 
 
 def _spikes(config: "SpikeLMConfig") -> None:

@@ -52,6 +52,7 @@ PATTERNS = {
     "rwkv4": {"mixers": "rwkv4", "ffns": "rwkv", "pre_norm": "layernorm"},
     "rwkv7": {"mixers": "rwkv7", "ffns": "rwkv7", "pre_norm": "layernorm"},
     "rwkv7+swa-gla-rwkv7": {"mixers": ["rwkv7+swa", "gla", "rwkv7"], "rwkv_gate_rank": 8},
+    "moe": {"mixers": ["gla", "swa", "attention"], "ffns": "moe", "moe_experts": 3, "moe_top_k": 2},
     "rwkv-ffns": {"mixers": ["gla", "swa", "attention"], "ffns": ["rwkv", "rwkv7", "gated"]},
     # Neurons, where there are sites.
     "lif": {"mixers": "swa", "spike_neuron": "lif", "spike_code": "ternary", "neuron_threshold": 0.4},

@@ -47,7 +47,7 @@ PLIF = {"spike_sites": ["o"], "spike_neuron": "plif", "spike_code": "binary"}
         ({"mixers": "gla+gla"}, "two different ones"),
         ({"mixers": "attention+swa"}, "side by side"),
         ({"mixers": "swa", "attention_window": None}, "attention_window of layer 0 must be at least 1"),
-        ({"ffns": "moe"}, "ffns of layer 0 must be one of gated"),
+        ({"ffns": "mlp"}, "ffns of layer 0 must be one of gated, moe, rwkv"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
         ({"pre_norm": "batchnorm"}, "pre_norm of layer 0 must be one of"),
         ({"attention_rope": "local"}, "local_rope_parameters is not given"),

@@ -8,6 +8,7 @@ from spikelm import SpikeLMForCausalLM, presets
 PARAMETERS = {
     "spikingbrain-7b": 7_616_542_976,  # published: Qwen2.5-7B's 7,615,616,512 and 14 gates and norms of 66,176
     "spikingbrain-7b-w8aspike": 7_641_315_584,  # each of the 14 gates 512 x 3584 instead of 16 x 3584 + 512 x 16
+    "spikingbrain-76b": 76_055_286_272,  # the report says 76B; with projections shared by the branches, without sinks
     "spikingbrain-tiny": 729_408,
     "spikingbrain-tiny-w8aspike": 739_648,
 }

@@ -28,7 +28,7 @@ class GatedFFN(nn.Module):
         self.down_site = make_site(config, layer_idx, "down", inner)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
 
-    def forward(self, x: Tensor, context: "ForwardContext") -> Tensor:
+    def forward(self, x: Tensor, context: "ForwardContext | None") -> Tensor:
         """Mix the channels of every token."""
         x = self.gate_up_site(x, context)
         inner = self.act(self.gate_proj(x)) * self.up_proj(x)
