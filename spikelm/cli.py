@@ -126,10 +126,20 @@ def convert_command(
 @click.argument("kind", type=click.Choice(list(KINDS)))
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--binary-embedding/--no-binary-embedding",
+    default=None,
+    help="spikegpt: embeddings become 0 or 1, as in training, or stay as they are.  [default: 0 or 1]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if a conversion or an import wrote it.")
-def import_command(kind: str, checkpoint: str, out: Path, overwrite: bool) -> None:
-    """Read CHECKPOINT (the folder of a published spiking model of KIND) and write a spikelm model folder to OUT."""
-    record = import_checkpoint(kind, checkpoint, out, overwrite=overwrite)
+def import_command(kind: str, checkpoint: str, out: Path, overwrite: bool, **choices: Any) -> None:
+    """Read CHECKPOINT and write a spikelm model folder to OUT.
+
+    CHECKPOINT is a published model of KIND: its folder, or its one file of weights (SpikeGPT-216M.pth). A tokenizer
+    that lies beside the weights is taken along.
+    """
+    given = {field: value for field, value in choices.items() if value is not None}
+    record = import_checkpoint(kind, checkpoint, out, overwrite=overwrite, **given)
     for note in record["notes"]:
         _say(note)
     _say(f"Wrote {out}, {record['result']['parameters']:,} parameters. Next: spikelm generate {out} --prompt ...")
@@ -140,7 +150,7 @@ def import_command(kind: str, checkpoint: str, out: Path, overwrite: bool) -> No
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 def export_command(kind: str, model: str, out: Path) -> None:
-    """Write MODEL (a spikelm model folder) to OUT with the keys and the config.json of a published KIND."""
+    """Write MODEL (a spikelm model folder) to the folder OUT as a published KIND: its keys, its kind of file."""
     export_checkpoint(kind, model, out)
     _say(f"Wrote {out}.")
 

@@ -1,7 +1,12 @@
 """Published architectures by name: `spikelm.presets.get("spikingbrain-7b")` is its configuration, without weights.
 
 A preset is one entry of `PRESETS`, the fields of `SpikeLMConfig` that differ from their defaults. Facts and sources:
-SpikingBrain, arXiv 2509.05276, and the configuration of its release.
+
+- SpikingBrain: arXiv 2509.05276, and the configuration of its release.
+- SpikeGPT: arXiv 2302.13939, and its released code. The paper does not state the vocabulary of its 46M model; with the
+  6,064 different characters of enwik8, which it was trained on, the model has 47.2M parameters, with 5,000 46.1M.
+- AstroSNN: the equations of arXiv 2312.07625 are not public. `astrosnn-small` is our formulation, SpikeGPT with the
+  astrocyte units of `spikelm.spiking.neurons`, in the sizes of `spikegpt-46m` so that the two compare.
 """
 
 import copy
@@ -51,6 +56,47 @@ _SPIKINGBRAIN_TINY = _SPIKINGBRAIN | {
     "mixers": ["gla", "swa"] * 2,
     "attention_window": 8,
 }
+# RWKV has neither heads nor positions. The residual dropout and the context are those of SpikeGPT's training.
+RWKV4: dict[str, Any] = {
+    "num_attention_heads": 1,
+    "max_position_embeddings": 1024,
+    "mixers": "rwkv4",
+    "ffns": "rwkv",
+    "pre_norm": "layernorm",
+    "final_norm": "layernorm",
+    "embedding_norm": "layernorm",
+    "norm_eps": 1e-5,
+}
+SPIKEGPT = RWKV4 | {
+    "residual_dropout": 0.03,
+    "binary_embedding": True,
+    "spike_sites": ["mixer_out", "ffn_out"],
+    "spike_code": "binary",
+    "spike_neuron": "lif",
+    "neuron_decay": 0.5,
+    "neuron_threshold": 1.0,
+    "neuron_reset": "hard",
+    "neuron_gain": "euler",
+}
+_SPIKEGPT_46M = SPIKEGPT | {
+    "vocab_size": 6064,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+}
+_SPIKEGPT_216M = SPIKEGPT | {
+    "vocab_size": 50277,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 18,
+}
+_SPIKEGPT_TINY = SPIKEGPT | {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+}
 
 # One layer in seven has full attention beside linear attention, the others a window. The report leaves open whether the
 # branches share their projections (shared here). Its 128 prepended sink tokens are not built yet.
@@ -70,6 +116,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "spikingbrain-76b": _SPIKINGBRAIN_76B,
     "spikingbrain-tiny": _SPIKINGBRAIN_TINY,  # for tests and first steps
     "spikingbrain-tiny-w8aspike": _SPIKINGBRAIN_TINY | _W8ASPIKE,
+    "spikegpt-216m": _SPIKEGPT_216M,
+    "spikegpt-46m": _SPIKEGPT_46M,
+    "spikegpt-tiny": _SPIKEGPT_TINY,  # for tests and first steps
+    "astrosnn-small": _SPIKEGPT_46M | {"spike_neuron": "astrocyte"},
 }
 
 

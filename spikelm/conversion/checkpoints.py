@@ -53,6 +53,19 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Non
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def write_pickle(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors as torch pickles a plain dictionary of them, each with no more memory behind it than its own.
+
+    Tensors that are mapped to files stay so: memory fills as they are written.
+    """
+    torch.save({name: _alone(tensor) for name, tensor in tensors}, path)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
 def read_checkpoint(folder: Path, progress: bool) -> dict[str, Tensor]:
     """All tensors of the model folder `folder`, on the CPU and mapped to their files: memory fills as they are used.
 

@@ -16,7 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spikelm.configuration import SpikeLMConfig
-from spikelm.conversion.checkpoints import read_checkpoint, read_json, read_weight_file, reason, write_checkpoint
+from spikelm.conversion.checkpoints import (
+    read_checkpoint,
+    read_json,
+    read_weight_file,
+    reason,
+    write_checkpoint,
+    write_pickle,
+)
 from spikelm.conversion.convert import SCHEMA_VERSION, blank_model, versions
 from spikelm.conversion.families import HEAD
 from spikelm.conversion.folder import check_out, staged, write_record
@@ -48,32 +55,43 @@ _INCIDENTAL = {
 
 
 def import_checkpoint(
-    kind: str, checkpoint: str | Path, out: str | Path, *, overwrite: bool = False, progress: bool = True
+    kind: str,
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+    **choices: Any,
 ) -> dict[str, Any]:
     """Write a published checkpoint as a spikelm model folder.
 
     Args:
         kind: one of `spikelm.conversion.published.KINDS`.
         checkpoint: a folder with weights (safetensors, or pickles of plain tensors; whole or in shards) and, where the
-            kind has one, config.json; or one file of weights, with what lies beside it.
+            kind has one, config.json; or one file of weights (safetensors, `.pth`), with what lies beside it.
         out: the folder to write. It appears when everything is written, or not at all.
         overwrite: replace `out` if it is a folder that a conversion wrote.
         progress: whether to show bars.
+        choices: what the model computes and a checkpoint of this kind does not state: fields of the configuration that
+            the kind names in `choices` (`binary_embedding` of `spikegpt`).
 
     Returns:
         The record that stands in `conversion.json`.
 
     Raises:
-        ValueError: another kind of checkpoint, a tensor too many, missing, misshapen or not finite, an unusable `out`.
+        ValueError: another kind of checkpoint, a tensor too many, missing, misshapen or not finite, a choice that the
+            kind does not leave, an unusable `out`.
     """
     published, place, source = kind_named(kind), Path(out).expanduser(), Path(checkpoint).expanduser()
     check_out(place, overwrite)
+    _check_choices(published, choices)
     if not source.exists():
         raise ValueError(f"{checkpoint} does not exist; expected a {published.title} checkpoint. Check the path.")
     folder = source if source.is_dir() else source.parent
-    tensors = read_checkpoint(source, progress) if source.is_dir() else read_weight_file(source)
-    raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    config = _config(published, raw, tensors)
+    tensors = _tensors(published, source, progress)
+    has_config = published.file is None and (folder / "config.json").is_file()
+    raw = read_json(folder / "config.json") if has_config else {}
+    config = _config(published, raw, tensors, choices)
     model = blank_model(config)
     rules = published.rules(config)
     sites = _site_tensors(model)
@@ -88,12 +106,14 @@ def import_checkpoint(
         bar = tqdm(rules, desc="Importing", unit="rule", disable=not progress, delay=1.0)
         write_checkpoint(staging, _read(bar, tensors, sites, tally))
         config.save_pretrained(staging)
+        for field in published.choices:
+            notes.append(f"{field} is {getattr(config, field)}: the checkpoint does not state it; chosen at the import.")
         if published.moved is not None:
             notes.append(f"{published.moved} ({tally['moved']} of {tally['values']} values changed).")
         if len(dtypes) > 1:
             notes.append(f"Tensors are stored in several dtypes, as published: {', '.join(map(_dtype_name, dtypes))}.")
         if not _copy_companions(folder, staging):
-            notes.append("The checkpoint has no tokenizer: none was written.")
+            notes.append("The checkpoint has no tokenizer: none was written. Text needs one in the folder.")
         record = {
             "schema_version": SCHEMA_VERSION,
             "versions": versions(),
@@ -104,6 +124,7 @@ def import_checkpoint(
                 "format": published.name,
                 "dtype": ", ".join(map(_dtype_name, dtypes)),
                 "licence": stated_licence(folder),
+                "choices": {field: getattr(config, field) for field in published.choices},
             },
             "plan": None,
             "calibration": None,
@@ -155,16 +176,38 @@ def export_checkpoint(kind: str, model: str | Path, out: str | Path, *, progress
         )
     with staged(place, overwrite=False) as staging:
         bar = tqdm(rules, desc="Exporting", unit="rule", disable=not progress, delay=1.0)
-        write_checkpoint(staging, _written(source, published, bar, tensors))
-        if raw:  # some kinds have no configuration but the shapes of their tensors
+        written = _written(source, published, bar, tensors)
+        if published.file is not None:
+            write_pickle(staging / published.file, written)
+        else:
+            write_checkpoint(staging, written)
             raw["torch_dtype"] = _dtype_name(_dtypes(tensors)[0])
             (staging / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         _copy_companions(source, staging)
 
 
-def _config(published: Kind, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SpikeLMConfig:
+def _check_choices(published: Kind, choices: Mapping[str, Any]) -> None:
+    if foreign := sorted(set(choices) - set(published.choices)):
+        left = f"it leaves {', '.join(published.choices)}" if published.choices else "it leaves none"
+        raise ValueError(f"Kind {published.name} leaves no choice of {', '.join(foreign)}; {left}.")
+
+
+def _tensors(published: Kind, source: Path, progress: bool) -> dict[str, Tensor]:
+    if not source.is_dir():
+        return read_weight_file(source)
+    pickles = sorted(source.glob("*.pth")) if published.file is not None else []
+    if len(pickles) > 1:
+        names = listed([path.name for path in pickles])
+        raise ValueError(f"{source} holds {len(pickles)} checkpoints: {names}. Name one of them.")
+    return read_weight_file(pickles[0]) if pickles else read_checkpoint(source, progress)
+
+
+def _config(
+    published: Kind, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], choices: Mapping[str, Any]
+) -> SpikeLMConfig:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     try:
-        return SpikeLMConfig(**published.fields(raw, {name: tensor.shape for name, tensor in tensors.items()}))
+        return SpikeLMConfig(**(published.fields(raw, shapes) | dict(choices)))
     except Exception as error:  # a strict configuration raises errors of its own for values of another type
         raise ValueError(f"The checkpoint is not a {published.title} one: {reason(error)}") from error
 
@@ -211,7 +254,7 @@ def _check_names(
 
 def _fits(kind: Kind, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     try:
-        config = _config(kind, raw, tensors)
+        config = _config(kind, raw, tensors, {})
     except ValueError:
         return False
     return {name for rule in kind.rules(config) for name in rule.published} == set(tensors)
@@ -226,8 +269,8 @@ def _check_shapes(
             tensor = tensors[name]
             if tensor.shape != blank.shape:
                 raise ValueError(
-                    f"Tensor {name} of {source} has shape {list(tensor.shape)}; its config.json expects "
-                    f"{list(blank.shape)}. The weights and config.json do not belong together: get both again."
+                    f"Tensor {name} of {source} has shape {list(tensor.shape)}; its config.json or its other tensors "
+                    f"expect {list(blank.shape)}. They do not belong together: get the checkpoint again."
                 )
             _check_dtype(source, published, name, tensor)
 
@@ -287,8 +330,9 @@ def _check_expressible(
     for rule in rules:
         if all(name in expected for name in rule.ours):
             tensors |= zip(rule.published, rule.write(*(expected[name] for name in rule.ours)), strict=True)
-    theirs, ours = _meaning(_config(published, raw, tensors)), _meaning(blank.config)
-    differing = sorted(field for field in ours if ours[field] != theirs.get(field))
+    chosen = {field: getattr(blank.config, field) for field in published.choices}
+    theirs, ours = _meaning(_config(published, raw, tensors, chosen)), _meaning(blank.config)
+    differing = sorted(field for field in set(ours) - published.unstated if ours[field] != theirs.get(field))
     if differing:
         shown = [f"{field} ({_brief(ours[field])}, the format has {_brief(theirs.get(field))})" for field in differing]
         raise ValueError(f"{source} cannot be written as {published.name}; it differs in {listed(shown)}.")

@@ -1,9 +1,10 @@
 """Published spiking checkpoints by kind. A new one is a file with its key table, a line here, and a test file."""
 
 from spikelm.conversion.published.kind import Kind
+from spikelm.conversion.published.rwkv import RWKV4, SPIKEGPT
 from spikelm.conversion.published.spikingbrain import SPIKINGBRAIN_7B, SPIKINGBRAIN_W8ASPIKE
 
-KINDS = {kind.name: kind for kind in (SPIKINGBRAIN_7B, SPIKINGBRAIN_W8ASPIKE)}
+KINDS = {kind.name: kind for kind in (SPIKINGBRAIN_7B, SPIKINGBRAIN_W8ASPIKE, SPIKEGPT, RWKV4)}
 
 
 def kind_named(name: str) -> Kind:

@@ -53,6 +53,12 @@ class Kind:
         rules: our configuration -> the key table: every tensor of ours but those of spike sites, once.
         dtype: that every tensor must have; None: any float.
         moved: what `read` changes in values that `write` cannot bring back; None: nothing.
+        choices: fields that decide what the model computes and that a checkpoint does not state: `fields` gives their
+            defaults, an import may choose otherwise, an export accepts any value.
+        unstated: fields that the format does not state and that change nothing in what its models compute; an export
+            accepts any value.
+        file: for kinds that are one pickled file (`.pth`) without config.json, what an export calls it; None: exports
+            are safetensors with config.json.
     """
 
     name: str
@@ -62,3 +68,6 @@ class Kind:
     rules: Callable[[SpikeLMConfig], list[Rule]]
     dtype: torch.dtype | None = None
     moved: str | None = None
+    choices: tuple[str, ...] = ()
+    unstated: frozenset[str] = frozenset()
+    file: str | None = None
