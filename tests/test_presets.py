@@ -11,6 +11,10 @@ PARAMETERS = {
     "spikingbrain-76b": 76_055_286_272,  # the report says 76B; with projections shared by the branches, without sinks
     "spikingbrain-tiny": 729_408,
     "spikingbrain-tiny-w8aspike": 739_648,
+    "spikegpt-216m": 215_399_424,  # published, and L (13 C^2 + 11 C) + 2 V C + 4 C
+    "spikegpt-46m": 12 * (13 * 512**2 + 11 * 512) + 2 * 6064 * 512 + 4 * 512,  # 47.2M
+    "spikegpt-tiny": 2 * (13 * 64**2 + 11 * 64) + 2 * 256 * 64 + 4 * 64,
+    "astrosnn-small": 47_173_632 + 12 * 2 * 5 * 512,  # five values for each unit, at two sites of each layer
 }
 
 
@@ -37,9 +41,31 @@ def test_layers_of_spikingbrain_alternate():
 
 
 def test_tiny_presets_run():
-    for name in ("spikingbrain-tiny", "spikingbrain-tiny-w8aspike"):
+    for name in ("spikingbrain-tiny", "spikingbrain-tiny-w8aspike", "spikegpt-tiny"):
         model = SpikeLMForCausalLM(presets.get(name)).eval()
         assert model(torch.arange(20)[None]).logits.isfinite().all()
+
+
+def test_spikegpt_has_as_many_tensors_as_published():
+    assert len(meta("spikegpt-216m").state_dict()) == 330 and len(meta("spikegpt-46m").state_dict()) == 12 * 18 + 6
+
+
+@torch.no_grad()
+def test_astrocytes_start_as_plain_neurons():
+    """The same sizes as SpikeGPT's, and until its gains are trained the same function."""
+    plain, modulated = presets.get("spikegpt-46m"), presets.get("astrosnn-small")
+    differing = {k for k, v in plain.to_dict().items() if modulated.to_dict()[k] != v}
+    assert differing == {"spike_neuron"}
+    tiny = presets.get("spikegpt-tiny")
+    model = SpikeLMForCausalLM(tiny).eval().double()
+    for parameter in model.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    tiny.spike_neuron = "astrocyte"
+    with_astrocytes = SpikeLMForCausalLM(tiny).eval().double()
+    absent, foreign = with_astrocytes.load_state_dict(model.state_dict(), strict=False)
+    assert len(absent) == 2 * 2 * 5 and not foreign
+    ids = torch.randint(0, 256, (1, 40))
+    assert torch.equal(model(ids).logits, with_astrocytes(ids).logits)
 
 
 def test_a_preset_is_a_new_configuration_each_time():

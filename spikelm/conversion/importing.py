@@ -107,7 +107,9 @@ def import_checkpoint(
         write_checkpoint(staging, _read(bar, tensors, sites, tally))
         config.save_pretrained(staging)
         for field in published.choices:
-            notes.append(f"{field} is {getattr(config, field)}: the checkpoint does not state it; chosen at the import.")
+            notes.append(
+                f"{field} is {getattr(config, field)}: the checkpoint does not state it; chosen at the import."
+            )
         if published.moved is not None:
             notes.append(f"{published.moved} ({tally['moved']} of {tally['values']} values changed).")
         if len(dtypes) > 1:

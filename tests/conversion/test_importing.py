@@ -20,7 +20,12 @@ from tests.conversion.spikingbrain import published_config, published_tensors, w
 from tests.conversion.test_sources import Trap
 from tests.conversion.tiny import qwen2
 
-PRESETS = {"spikingbrain-7b": "spikingbrain-7b", "spikingbrain-w8aspike": "spikingbrain-7b-w8aspike"}
+PRESETS = {
+    "spikingbrain-7b": "spikingbrain-7b",
+    "spikingbrain-w8aspike": "spikingbrain-7b-w8aspike",
+    "spikegpt": "spikegpt-216m",
+    "rwkv4": "spikegpt-216m",  # the same tensors: neurons have none
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +82,14 @@ def test_key_tables_have_as_many_tensors_and_bytes_as_published(kind):
     assert (count, size) == {
         "spikingbrain-7b": (395, 4 * 7_616_542_976),  # on the meta device in float32
         "spikingbrain-w8aspike": (591, 30_769_980_416),
+        "spikegpt": (330, 4 * 215_399_424),
+        "rwkv4": (330, 4 * 215_399_424),
     }[kind]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_rules_undo_each_other(kind):
-    config = presets.get(PRESETS[kind].replace("7b", "tiny"))
+    config = presets.get(PRESETS[kind].replace("7b", "tiny").replace("216m", "tiny"))
     blank = blank_model(config).state_dict()
     for rule in KINDS[kind].rules(config):
         ours = [torch.ones(blank[name].shape) for name in rule.ours]
