@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from small_tokenizer import letters
 from spikelm.cli import main
+from tests.conversion import spikegpt
 from tests.conversion.spikingbrain import published_tensors, write_published
 
 PROSE = "the quick brown fox jumps over the lazy dog while seven grey mice watch the moon rise slowly. "
@@ -58,6 +59,14 @@ def published(tmp_path_factory):
     return write_published(tmp_path_factory.mktemp("published") / "spikingbrain", published_tensors())
 
 
+@pytest.fixture(scope="module")
+def pth(tmp_path_factory):
+    """A tiny SpikeGPT as published: one file."""
+    file = tmp_path_factory.mktemp("spikegpt") / "SpikeGPT.pth"
+    torch.save(spikegpt.published_tensors(), file)
+    return file
+
+
 def call(*arguments):
     return main([str(argument) for argument in arguments])
 
@@ -77,6 +86,16 @@ def test_import_and_export_go_there_and_back(published, tmp_path, capsys):
     assert call("export", "spikingbrain-7b", tmp_path / "ours", tmp_path / "back") == 0
     assert sorted(load_file(tmp_path / "back" / "model.safetensors")) == sorted(published_tensors())
     assert call("import", "spikingbrain-7b", tmp_path / "back", tmp_path / "ours", "--overwrite") == 0
+
+
+def test_one_pth_file_goes_there_and_back(pth, tmp_path, capsys):
+    assert call("import", "spikegpt", pth, tmp_path / "ours", "--no-binary-embedding") == 0
+    assert "binary_embedding is False" in capsys.readouterr().err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").config.binary_embedding is False
+    assert call("export", "spikegpt", tmp_path / "ours", tmp_path / "back") == 0
+    assert set(torch.load(tmp_path / "back" / "spikegpt.pth")) == set(spikegpt.published_tensors())
+    assert call("import", "rwkv4", tmp_path / "back", tmp_path / "ours", "--overwrite") == 0
+    assert not AutoModelForCausalLM.from_pretrained(tmp_path / "ours").config.is_spiking
 
 
 @pytest.mark.parametrize("execute", ["counts", "trains"])
@@ -158,13 +177,21 @@ def test_bench_kernels_prints_a_table_and_writes_json(tmp_path, capsys):
         (["import", "spikingbrain-7b", "SOURCE", "OUT"], "model_type 'llama'"),
         (["import", "spikingbrain-w8aspike", "PUBLISHED", "OUT"], "tensors of kind spikingbrain-7b"),
         (["import", "spikingbrain-7b", "PUBLISHED", "SOURCE"], "exists already"),
+        (["import", "spikegpt", "PUBLISHED", "OUT"], "it lacks emb.weight"),
+        (["import", "spikingbrain-7b", "PTH", "OUT"], "it has no config.json"),
+        (["import", "rwkv4", "PTH", "OUT", "--binary-embedding"], "no choice of binary_embedding"),
+        (["import", "spikegpt", "TEXT", "OUT"], "cannot be read as weights"),
+        (["export", "spikegpt", "CONVERTED", "OUT"], "cannot be written as spikegpt; it lacks"),
         (["export", "spikingbrain-7b", "PUBLISHED", "OUT"], "model_type 'gla_swa'"),
         (["export", "spikingbrain-7b", "CONVERTED", "OUT"], "it differs in"),
         (["export", "spikingbrain-7b", "CONVERTED"], "OUT"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_two(arguments, said, source, converted, published, text, tmp_path, capsys):
-    places = {"SOURCE": source, "CONVERTED": converted, "TEXT": text, "OUT": tmp_path / "out", "PUBLISHED": published}
+def test_a_mistake_is_one_line_and_exit_code_two(
+    arguments, said, source, converted, published, pth, text, tmp_path, capsys
+):
+    places = {"SOURCE": source, "CONVERTED": converted, "TEXT": text, "OUT": tmp_path / "out"}
+    places |= {"PUBLISHED": published, "PTH": pth}
     before = sorted(tmp_path.iterdir())
     assert call(*[places.get(argument, argument) for argument in arguments]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,18 +30,22 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Non
     """
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
+    held: set[int] = set()
     size = total = 0
 
     def flush() -> None:
         save_file(shard, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
         shards.append(list(shard))
         shard.clear()
+        held.clear()
 
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > SHARD_BYTES:
             flush()
             size = 0
-        shard[name] = tensor.contiguous()
+        tensor = tensor.contiguous()
+        shard[name] = tensor.clone() if tensor.data_ptr() in held else tensor  # safetensors knows no shared memory
+        held.add(tensor.data_ptr())
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
     places: dict[str, str] = {}
@@ -54,7 +59,7 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Non
 
 
 def write_pickle(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors as torch pickles a plain dictionary of them, each with no more memory behind it than its own.
+    """Write tensors as `.pth`: a pickled plain dictionary, no tensor with more memory behind it than its own.
 
     Tensors that are mapped to files stay so: memory fills as they are written.
     """
@@ -128,7 +133,8 @@ def read_weight_file(path: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="pt", device="cpu") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files from before torch 1.6 are no zip files and cannot be mapped.
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated ({reason(error)}) Get the file again.") from error
     except Exception as error:

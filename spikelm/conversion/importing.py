@@ -115,7 +115,7 @@ def import_checkpoint(
         if len(dtypes) > 1:
             notes.append(f"Tensors are stored in several dtypes, as published: {', '.join(map(_dtype_name, dtypes))}.")
         if not _copy_companions(folder, staging):
-            notes.append("The checkpoint has no tokenizer: none was written. Text needs one in the folder.")
+            notes.append("The checkpoint has no tokenizer: none was written. For text, add its tokenizer.json here.")
         record = {
             "schema_version": SCHEMA_VERSION,
             "versions": versions(),
@@ -190,8 +190,8 @@ def export_checkpoint(kind: str, model: str | Path, out: str | Path, *, progress
 
 def _check_choices(published: Kind, choices: Mapping[str, Any]) -> None:
     if foreign := sorted(set(choices) - set(published.choices)):
-        left = f"it leaves {', '.join(published.choices)}" if published.choices else "it leaves none"
-        raise ValueError(f"Kind {published.name} leaves no choice of {', '.join(foreign)}; {left}.")
+        left = f"only of {', '.join(published.choices)}" if published.choices else "nor of anything else"
+        raise ValueError(f"Kind {published.name} leaves no choice of {', '.join(foreign)}, {left}. Leave it out.")
 
 
 def _tensors(published: Kind, source: Path, progress: bool) -> dict[str, Tensor]:
@@ -333,7 +333,12 @@ def _check_expressible(
         if all(name in expected for name in rule.ours):
             tensors |= zip(rule.published, rule.write(*(expected[name] for name in rule.ours)), strict=True)
     chosen = {field: getattr(blank.config, field) for field in published.choices}
-    theirs, ours = _meaning(_config(published, raw, tensors, chosen)), _meaning(blank.config)
+    try:
+        theirs, ours = _meaning(_config(published, raw, tensors, chosen)), _meaning(blank.config)
+    except ValueError as error:
+        if not (absent := [name for rule in rules for name in rule.ours if name not in expected]):
+            raise
+        raise ValueError(f"{source} cannot be written as {published.name}; it lacks {listed(absent)}.") from error
     differing = sorted(field for field in set(ours) - published.unstated if ours[field] != theirs.get(field))
     if differing:
         shown = [f"{field} ({_brief(ours[field])}, the format has {_brief(theirs.get(field))})" for field in differing]

@@ -144,6 +144,18 @@ def test_export_gives_back_every_bit(kind, dtype, tmp_path):
     assert (tmp_path / "twice" / "model.safetensors").read_bytes() == (ours / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_any_age_and_shared_memory_are_read(zipped, tmp_path):
+    tensors = published_tensors()
+    tensors["head.weight"] = tensors["emb.weight"]
+    tensors["ln_out.weight"] = torch.rand(2, WIDTH).T[:, 0]
+    torch.save(tensors, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
+    import_checkpoint("spikegpt", tmp_path / "model.pth", tmp_path / "ours", progress=False)
+    export_checkpoint("spikegpt", tmp_path / "ours", tmp_path / "back", progress=False)
+    back = torch.load(tmp_path / "back" / "spikegpt.pth", weights_only=True)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("binary", [True, False])
 def test_what_was_chosen_stays_chosen(binary, tmp_path):
     ours = imported(tmp_path, published_tensors(), binary_embedding=binary)
@@ -261,9 +273,9 @@ def test_of_several_files_one_must_be_named(tmp_path):
 
 
 def test_a_kind_leaves_only_its_own_choices(tmp_path):
-    with pytest.raises(ValueError, match=r"rwkv4 leaves no choice of binary_embedding; it leaves none"):
+    with pytest.raises(ValueError, match=r"rwkv4 leaves no choice of binary_embedding, nor of anything else"):
         imported(tmp_path, published_tensors(), "rwkv4", binary_embedding=True)
-    with pytest.raises(ValueError, match=r"spikegpt leaves no choice of vocab_size; it leaves binary_embedding"):
+    with pytest.raises(ValueError, match=r"spikegpt leaves no choice of vocab_size, only of binary_embedding"):
         imported(tmp_path, published_tensors(), vocab_size=5)
 
 
