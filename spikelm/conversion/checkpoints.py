@@ -1,7 +1,8 @@
 """Weight files of a model folder: safetensors, or pickles through torch's weights-only loader; whole or in shards."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -26,7 +27,7 @@ SHARD_BYTES = 2 << 30
 def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write tensors as `model.safetensors`, or as shards with an index, taking them one by one as they come.
 
-    No more than `SHARD_BYTES`, or one larger tensor, are held at a time.
+    No more than `SHARD_BYTES`, or one larger tensor, are held at a time. Raises OSError if a file cannot be written.
     """
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
@@ -34,7 +35,9 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Non
     size = total = 0
 
     def flush() -> None:
-        save_file(shard, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
+        partial = folder / f"{len(shards)}.partial"
+        with _writing(partial):
+            save_file(shard, partial, metadata={"format": "pt"})
         shards.append(list(shard))
         shard.clear()
         held.clear()
@@ -61,9 +64,19 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Non
 def write_pickle(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write tensors as `.pth`: a pickled plain dictionary, no tensor with more memory behind it than its own.
 
-    Tensors that are mapped to files stay so: memory fills as they are written.
+    Tensors that are mapped to files stay so: memory fills as they are written. Raises OSError if the file cannot be.
     """
-    torch.save({name: _alone(tensor) for name, tensor in tensors}, path)
+    with _writing(path):
+        torch.save({name: _alone(tensor) for name, tensor in tensors}, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full disk is an OSError, whatever the library that writes makes of it."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{path} could not be written ({reason(error)}) Is the disk full?") from error
 
 
 def _alone(tensor: Tensor) -> Tensor:

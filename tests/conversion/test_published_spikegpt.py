@@ -279,6 +279,22 @@ def test_a_kind_leaves_only_its_own_choices(tmp_path):
         imported(tmp_path, published_tensors(), vocab_size=5)
 
 
+def test_a_full_disk_is_one_line(tmp_path, capsys):
+    """No file may grow beyond 20 kB while it is written."""
+    resource = pytest.importorskip("resource")
+    ours = imported(tmp_path, published_tensors())
+    before, limits = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for command in (["import", "spikegpt", tmp_path / "model.pth"], ["export", "spikegpt", ours]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            code = main([*map(str, command), str(tmp_path / "out")])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert code == 2 and len(lines) == 1 and "Is the disk full?" in lines[0]
+        assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("moment", ["write_checkpoint", "write_pickle"])
 def test_a_failure_while_writing_leaves_nothing(moment, tmp_path, monkeypatch):
     from spikelm.conversion import importing
