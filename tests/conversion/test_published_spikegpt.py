@@ -65,7 +65,7 @@ def same(ours, theirs):
 
 
 def test_the_restatement_gives_the_known_values():
-    """Worked by hand from the equations, one channel each."""
+    """One channel each; the values were computed apart from this code and from spikelm."""
     keys = [torch.tensor([k], dtype=torch.float64) for k in (0, 1, -1, 2, 0.5)]
     values = [torch.tensor([v], dtype=torch.float64) for v in (1, -1, 2, 0.5, -0.25)]
     decay, first = torch.tensor([-1.0], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
@@ -187,7 +187,7 @@ def test_sizes_come_from_the_shapes_and_the_rest_is_the_preset():
 
 
 def test_a_tokenizer_beside_the_weights_makes_a_model_that_writes(tmp_path):
-    """Only tokenizer.json, as people have it; ids of 98 characters in 61 rows are not asked for."""
+    """tokenizer.json alone is enough. Capital letters have ids below the 61 rows of the embedding."""
     letters().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     ours = imported(tmp_path, published_tensors())
