@@ -41,8 +41,9 @@ class SpikeLMConfig(PreTrainedConfig):
             head_dim, hidden_act, max_position_embeddings, initializer_range, tie_word_embeddings: as in Llama.
             `num_key_value_heads` defaults to the query heads, `head_dim` to `hidden_size // num_attention_heads`.
         mixers: the token mixer of every layer: `attention` (full), `swa` (sliding window), `gla` (gated linear
-            attention), `retention`, `rwkv4`, `rwkv7`, `hgrn`, `mingru`, or two side by side as `gla+swa`. One name
-            stands for all layers.
+            attention), `retention`, `window_linear` (softmax over a window, linear attention before it), `delta` (Gated
+            DeltaNet), `rwkv4`, `rwkv7`, `hgrn`, `mingru`, or two side by side as `gla+swa`. One name stands for all
+            layers.
         ffns: the channel mixer of every layer: `gated` (SwiGLU, GeGLU: decided by `hidden_act`), `rwkv` and
             `rwkv7` (squared ReLU behind a token shift), `moe` (a routed mixture of gated ones), `none`.
         pre_norm, post_norm: norm before and after mixer and ffn (`rmsnorm`, `rmsnorm_1p` with weight 1 + w,
@@ -52,8 +53,8 @@ class SpikeLMConfig(PreTrainedConfig):
         embedding_scale: factor on the token embeddings. embedding_norm: norm of the embeddings. binary_embedding:
             embeddings become 0 or 1 by their sign (SpikeGPT). logit_softcap: `c * tanh(logits / c)` if given.
         rope_parameters: the "global" RoPE, in transformers' form; `local_rope_parameters`: a second one.
-        attention_rope: which RoPE the softmax branch of a layer uses: `global`, `local`, `none`.
-        attention_window: width w of `swa`: a query sees w keys, itself included.
+        attention_rope: which RoPE a layer that rotates q and k uses: `global`, `local`, `none`.
+        attention_window: width w of `swa` and `window_linear`: a query sees w keys, itself included.
         attention_window_off_by_one: parity with SpikingBrain's release: passes over several tokens see w + 1 keys,
             single-token steps w.
         attention_sinks: the first tokens of a text that every window keeps seeing.
@@ -73,6 +74,7 @@ class SpikeLMConfig(PreTrainedConfig):
             the sigmoid map).
         gla_gate_rank, gla_gate_normalizer, gla_gate_bias: rank of the gate, divisor of its log-decay, initial bias
             of its logit (0 as published: a half-life of 16 tokens).
+        window_linear_feature_map: `hedgehog` or `relu`, of a learned map of each head of q and k.
         spike_sites: which activations are spike-coded: any of `qkv`, `o`, `gate_up`, `down` (in front of the linears
             that read them), `mixer_out`, `ffn_out` (what a block adds to the stream); one list for all layers or a
             list of lists.
@@ -172,6 +174,8 @@ class SpikeLMConfig(PreTrainedConfig):
     gla_gate_rank: int | list[int] = 16
     gla_gate_normalizer: float | int = 16
     gla_gate_bias: float | int | list[float | int] = 0.0
+
+    window_linear_feature_map: str | list[str] = "hedgehog"
 
     spike_sites: list[str] | list[list[str]] | None = None
     spike_k: float | int | list[float | int] = 3.0

@@ -17,18 +17,22 @@ CODES = ("binary", "ternary", "bitwise", "twos_complement")
 THRESHOLDS = ("token", "calibrated", "learned")
 NEURONS = ("none", "lif", "plif", "astrocyte", "dsn")
 FEATURE_MAPS = ("relu", "sigmoid", "softplus")
+LEARNED_MAPS = ("hedgehog", "relu")
 GATES = ("low_rank", "dense", "tied")
 FFNS = ("gated", "moe", "rwkv", "rwkv7", "none")
 HEAD_MIXERS = ("attention", "swa", "gla", "retention")  # mix heads between shared q, k, v, o projections
+FFNS = ("gated", "rwkv", "rwkv7", "none")
+# These mix heads between shared q, k, v, o projections.
+HEAD_MIXERS = ("attention", "swa", "gla", "retention", "window_linear", "delta")
 MIXERS = (*HEAD_MIXERS, "rwkv4", "rwkv7", "hgrn", "mingru")
-ROTATED = frozenset({"attention", "swa", "retention"})
+ROTATED = frozenset({"attention", "swa", "retention", "window_linear"})
 
 # Fields that may be a list with one value for each layer.
 PER_LAYER = (
     "intermediate_size", "mixers", "ffns", "pre_norm", "post_norm", "residual", "attention_rope", "attention_window",
     "attention_sinks", "attention_bias", "attention_output_bias", "attention_qk_norm", "parallel_shared_projections",
     "ffn_bias", "gla_feature_map", "gla_gate", "gla_gate_rank", "gla_gate_bias", "spike_k", "spike_dead_zone",
-    "spike_neuron", "event_threshold",
+    "spike_neuron", "event_threshold", "window_linear_feature_map",
 )  # fmt: skip
 
 
@@ -99,10 +103,14 @@ def _layer(config: "SpikeLMConfig", i: int, where: str) -> None:
             CHECKS[name](config, i, where)
 
 
-def _swa(config: "SpikeLMConfig", i: int, where: str) -> None:
+def _window(config: "SpikeLMConfig", i: int, where: str, mixer: str) -> None:
     window = config.at("attention_window", i)
     if not isinstance(window, int) or window < 1:
-        raise ValueError(f"attention_window{where} must be at least 1 for 'swa'; got {window!r}.")
+        raise ValueError(f"attention_window{where} must be at least 1 for {mixer!r}; got {window!r}.")
+
+
+def _swa(config: "SpikeLMConfig", i: int, where: str) -> None:
+    _window(config, i, where, "swa")
     if config.at("attention_sinks", i) < 0:
         raise ValueError(f"attention_sinks{where} must not be negative.")
 
@@ -136,6 +144,13 @@ def _moe(config: "SpikeLMConfig", i: int, where: str) -> None:
         raise ValueError(
             f"moe_top_k must lie between 1 and moe_experts ({config.moe_experts}) for the ffn{where}; got "
             f"{config.moe_top_k}."
+def _window_linear(config: "SpikeLMConfig", i: int, where: str) -> None:
+    _window(config, i, where, "window_linear")
+    choice("window_linear_feature_map", config.at("window_linear_feature_map", i), LEARNED_MAPS, where)
+    if config.attention_softcap is not None:
+        raise ValueError(
+            f"attention_softcap is {config.attention_softcap!r}, but 'window_linear'{where} has scores without a cap: "
+            "set it to None, or choose another mixer."
         )
 
 
@@ -144,6 +159,8 @@ CHECKS: dict[str, Callable[["SpikeLMConfig", int, str], None]] = {
     "gla": _gla,
     "rwkv7": _rwkv7,
     "moe": _moe,
+    "window_linear": _window_linear,
+    "rwkv7": _rwkv7,
 }
 
 

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from spikelm.mixers.attention import SoftmaxCore
+from spikelm.mixers.delta import DeltaCore
 from spikelm.mixers.gla import GatedLinearCore
 from spikelm.mixers.heads import HeadMixer, ParallelMixer
 from spikelm.mixers.retention import RetentionCore
 from spikelm.mixers.rwkv4 import RWKV4
 from spikelm.mixers.rwkv7 import RWKV7
 from spikelm.mixers.scans import HGRN, MinGRU
+from spikelm.mixers.window_linear import WindowLinearCore
 
 if TYPE_CHECKING:
     from spikelm.configuration import SpikeLMConfig
@@ -21,6 +23,8 @@ CORES = {
     "swa": lambda config, layer_idx: SoftmaxCore(config, layer_idx, windowed=True),
     "gla": GatedLinearCore,
     "retention": RetentionCore,
+    "window_linear": WindowLinearCore,
+    "delta": DeltaCore,
 }
 # Mixers with projections of their own kind.
 MIXERS = {"rwkv4": RWKV4, "rwkv7": RWKV7, "hgrn": HGRN, "mingru": MinGRU}
