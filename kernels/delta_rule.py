@@ -122,7 +122,8 @@ def gated_delta_rule_step(
     """One token of `gated_delta_rule`, for decoding: plain torch, and ordinary autograd if it is asked for.
 
     Args:
-        q: [B, H, K], with k of the same shape, v [B, H, V], g and beta [B, H].
+        q: [B, H, K], with k of the same shape, v [B, H, V], g and beta [B, H]. Several queries may read one state:
+            with q [G, B, H, K], o is [G, B, H, V].
         k: keys, see q.
         v: values, see q.
         g: log decays, see q; resets as in `gated_delta_rule`.

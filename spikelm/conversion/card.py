@@ -3,6 +3,8 @@
 from collections import Counter
 from typing import Any
 
+from spikelm.conversion.plan import ATTENDING
+
 
 def model_card(record: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read."""
@@ -25,8 +27,11 @@ def model_card(record: dict[str, Any]) -> str:
     else:
         parts.append("## Measured\n\nNothing yet: `spikelm eval` compares this model with its baseline.")
     limits = [*record["notes"]]
-    if record["plan"] is not None and any("gla" in mixer for mixer in record["result"]["layers"]):
-        limits.append("Layers with gated linear attention have new, untrained gates: train the model before use.")
+    named = {name for mixer in record["result"]["layers"] for name in mixer.split("+")}
+    if record["plan"] is not None and (untrained := named - set(ATTENDING)):
+        limits.append(
+            f"Layers with {', '.join(sorted(untrained))} have new, untrained parameters: train them before use."
+        )
     if source["licence"] or record["result"]["spike_sites"] or record["plan"] is None:
         licence = source["licence"] or "the source's licence"
         limits.append(f"The weights are those of the source and stay under its licence ({licence}).")

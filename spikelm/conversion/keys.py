@@ -18,14 +18,21 @@ _SITE_PATHS = {
     "gate_up": "ffn.gate_up_site",
     "down": "ffn.down_site",
 }
+# Tensors of a mixer that no source has; beside them, a low-rank gate.
+_NEW = {
+    "gla": ("norm.weight",),
+    "retention": ("norm.weight", "g_proj.weight"),
+    "delta": ("norm.weight", "a_proj.weight", "b_proj.weight", "rates.A_log", "rates.dt_bias"),
+    "window_linear": ("query_map", "key_map", "factor.logit"),
+}
 _SHOWN = 6
 
 
 def new_parameters(config: SpikeLMConfig) -> set[str]:
     """Names of the parameters that a converted model has and no source fills, as declared here.
 
-    They are the tensors of its spike sites, the gates and output norms of gated linear attention, and the norms of
-    parallel branches.
+    They are the tensors of its spike sites, the gates, feature maps and output norms of linear attention, and the
+    norms of parallel branches.
     """
     site_tensors = ["k", "dead_zone"] + (["magnitude"] if config.spike_threshold != "token" else [])
     names: set[str] = set()
@@ -33,14 +40,13 @@ def new_parameters(config: SpikeLMConfig) -> set[str]:
         layer = f"model.layers.{i}"
         names |= {f"{layer}.{_SITE_PATHS[site]}.{t}" for site in config.sites_at(i) for t in site_tensors}
         mixers = config.mixers[i].split("+")
-        if "gla" in mixers:
-            tensors = ["norm.weight"]
-            if config.at("gla_gate", i) == "low_rank":
-                tensors += ["gate.0.weight", "gate.1.weight", "gate.1.bias"]
-            names |= {f"{layer}.mixer.gla.{t}" for t in tensors}
+        names |= {f"{layer}.mixer.{mixer}.{tensor}" for mixer in mixers for tensor in _NEW.get(mixer, ())}
+        if "gla" in mixers and config.at("gla_gate", i) == "low_rank":
+            names |= {f"{layer}.mixer.gla.gate.{t}" for t in ("0.weight", "1.weight", "1.bias")}
         if len(mixers) > 1:
-            # The output of gated linear attention is normed in any case.
-            names |= {f"{layer}.mixer.branch_norms.{m}.weight" for m in mixers if m != "gla"}
+            # A mixer with an output norm of its own needs no other.
+            normed = {mixer for mixer in mixers if "norm.weight" in _NEW.get(mixer, ())}
+            names |= {f"{layer}.mixer.branch_norms.{mixer}.weight" for mixer in mixers if mixer not in normed}
     return names
 
 

@@ -12,6 +12,7 @@ from spikelm.validation import CODES, READ_SITES, THRESHOLDS
 
 ALLOCATIONS = ("gradient", "uniform")
 DEFAULT_WINDOW = 4096
+SHORT_WINDOW = 64  # of window_linear, whose past is not lost outside of it
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,14 @@ class ConversionPlan:
     """The choices of a conversion, checked when they are made.
 
     Attributes:
-        mixers: `keep` (every layer keeps its own), one mixer for all layers (`gla`, `swa`, `attention`, `gla+swa`),
+        mixers: `keep` (every layer keeps its own), one mixer for all layers (`attention`, `swa`, `window_linear`,
+            `gla`, `retention`, `delta`, or one of the last three beside one of the first two, as `gla+swa`),
             `uniform:N` (every Nth layer keeps its own, the others become `target`), or a list with one entry per
             layer, `keep` among the possible ones.
         target: the mixer of the layers that `uniform:N` changes.
-        window: width, in tokens, of the sliding windows in layers that the plan names; default: the source's own,
-            or 4096, or the model's longest text if that is shorter.
-        sinks: first tokens of a text that windows which the source does not have keep seeing.
+        window: width, in tokens, of the windows in layers that the plan names; default: the source's own; else for
+            `swa` 4096, or the model's longest text if that is shorter, and for `window_linear` 64, as in LoLCATs.
+        sinks: first tokens of a text that sliding windows which the source does not have keep seeing.
         sites: `all`, `none`, or a list of `qkv`, `o`, `gate_up`, `down`.
         code: `bitwise`, `ternary` or `twos_complement`; `binary` has no sign and cannot code these activations.
         k: spike counts per mean magnitude; None: 3 as published, or 4 with a silent share, where the dead zones
@@ -130,22 +132,24 @@ class ConversionPlan:
         widths = source.get("attention_window") or [None] * layers
         entries = self._entries(layers)
         mixers = [old if entry == "keep" else entry for entry, old in zip(entries, own, strict=True)]
+        windowed = [not WINDOWED.isdisjoint(mixer.split("+")) for mixer in mixers]
         # A window of the source stays as it is, unless the plan names the layer and gives another width.
         new = [
-            "swa" in entry.split("+") and (width is None or self.window is not None)
-            for entry, width in zip(entries, widths, strict=True)
+            has and entry != "keep" and (width is None or self.window is not None)
+            for has, entry, width in zip(windowed, entries, widths, strict=True)
         ]
         if self.window is not None and not any(new):
             raise ValueError(f"window is {self.window}, but the plan gives no layer a window; leave it out.")
-        chosen = self.window or min(DEFAULT_WINDOW, source["max_position_embeddings"])
+        longest = source["max_position_embeddings"]
         windows = [
-            chosen if n else width if "swa" in mixer.split("+") else None
-            for n, width, mixer in zip(new, widths, mixers, strict=True)
+            self._width(mixer, longest) if n else width if has else None
+            for n, has, width, mixer in zip(new, windowed, widths, mixers, strict=True)
         ]
+        sinks = [self.sinks if n and mixer != "window_linear" else 0 for n, mixer in zip(new, mixers, strict=True)]
         changes = {
             "mixers": mixers,
             "attention_window": windows if any(windows) else None,
-            "attention_sinks": [self.sinks if n else 0 for n in new] if any(new) else 0,
+            "attention_sinks": sinks if any(sinks) else 0,
             "spike_sites": self.site_names or None,
             "spike_code": self.code,
             "spike_k": self.k,
@@ -159,6 +163,10 @@ class ConversionPlan:
             raise ValueError(
                 f"The plan and the source do not make a model: {reason(error.__cause__ or error)}"
             ) from error
+
+    def _width(self, mixer: str, longest: int) -> int:
+        """Of a window that the source does not have."""
+        return self.window or min(SHORT_WINDOW if mixer == "window_linear" else DEFAULT_WINDOW, longest)
 
     def _entries(self, layers: int) -> list[str]:
         """What the plan says of every layer: a mixer, or `keep`."""
@@ -212,7 +220,10 @@ class ConversionPlan:
         return asdict(self)
 
 
-TARGETS = ("attention", "swa", "gla")  # mixers that a layer of a source can become
+# Mixers that a layer of a source can become; one that forgets and one that attends may stand side by side.
+FORGETTING, ATTENDING = ("gla", "retention", "delta"), ("attention", "swa")
+TARGETS = (*ATTENDING, "window_linear", *FORGETTING)
+WINDOWED = frozenset({"swa", "window_linear"})
 _PER = {"token": "token", "calibrated": "layer and site, calibrated", "learned": "layer and site, learned"}
 
 
@@ -226,9 +237,10 @@ def _one_of(field: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def _mixer(field: str, name: Any, *others: str) -> None:
-    parts = str(name).split("+")
-    known = all(part in TARGETS for part in parts) and len(set(parts)) == len(parts) <= 2
-    pair = len(parts) == 1 or "gla" in parts
-    if name not in others and not (known and pair):
-        allowed = (*others, *TARGETS, "gla+swa", "gla+attention")
-        raise ValueError(f"{field} must be one of {', '.join(allowed)}; got {name!r}.")
+    first, _, second = str(name).partition("+")
+    pairs = (FORGETTING, ATTENDING), (ATTENDING, FORGETTING)
+    if name not in (*others, *TARGETS) and not any(first in a and second in b for a, b in pairs):
+        raise ValueError(
+            f"{field} must be one of {', '.join((*others, *TARGETS))}, or one of {', '.join(FORGETTING)} beside one of "
+            f"{', '.join(ATTENDING)}, as gla+swa; got {name!r}."
+        )

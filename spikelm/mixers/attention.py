@@ -55,6 +55,10 @@ class SoftmaxCore(Stateful, nn.Module):
         shape = (self.shared_heads, length, self.head_dim)
         return {"keys": StateSpec(shape), "values": StateSpec(shape)}
 
+    def most_keys(self, length: int) -> int | None:
+        """How many keys a query of a pass over `length` tokens sees at most; None: all of its document so far."""
+        return None if self.window is None else self.window + self.sinks + (self.off_by_one and length > 1)
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, context: "ForwardContext"
     ) -> tuple[Tensor, Tensor | None]:

@@ -61,7 +61,7 @@ class WindowLinearCore(Stateful, nn.Module):
         self.state_macs = (queries + self.heads) * per_head
 
     def most_keys(self, length: int) -> int:
-        """How many keys the softmax of a query sees at most."""
+        """How many keys a query's softmax sees at most, as `SoftmaxCore.most_keys`."""
         return self.window
 
     def state_specs(self) -> dict[str, StateSpec]:

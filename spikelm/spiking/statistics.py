@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spikelm.kernels.spike_train import bit_spikes
 from spikelm.mixers.attention import SoftmaxCore
+from spikelm.mixers.window_linear import WindowLinearCore
 from spikelm.spiking.site import Site, SpikeGroup, spike_groups
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class SpikeStatistics:
         for group in self.groups:
             group.site.observers.append(self._count)
         for module in self.model.modules():
-            if isinstance(module, SoftmaxCore):
+            if isinstance(module, (SoftmaxCore, WindowLinearCore)):
                 self._hooks.append(module.register_forward_hook(self._count_attention))
         return self
 
@@ -99,19 +100,14 @@ class SpikeStatistics:
             sums[name] = sums.get(name, 0) + value.double()
         sums["max_count"] = torch.maximum(sums.get("max_count", sizes.new_zeros(())), sizes.max())
 
-    def _count_attention(self, core: SoftmaxCore, args: tuple, output: tuple) -> None:
+    def _count_attention(self, core: SoftmaxCore | WindowLinearCore, args: tuple, output: tuple) -> None:
         q, context = args[0], args[4]
-        view = context.keys(core.window, core.sinks, core.off_by_one)
-        length = q.shape[1]
-        if view.mask is not None:
-            seen = view.mask[:, 0]
-            pairs = (seen if context.valid is None else seen & context.valid[:, :, None]).sum()
-        else:
-            past = context.cache.get_seq_length() if context.cache is not None else 0
-            if core.window is not None:
-                past = min(past, core.window - 1)  # older keys have left the cache
-            pairs = torch.tensor(q.shape[0] * (length * past + length * (length + 1) // 2))
-        self._attended.append(2 * pairs.double() * q.shape[2] * q.shape[3])
+        seen = context.time - context.start + 1  # real tokens of the document so far, the query's own among them
+        if context.valid is not None:
+            seen = seen[context.valid]
+        if (most := core.most_keys(q.shape[1])) is not None:
+            seen = seen.clamp_max(most)
+        self._attended.append(2 * seen.sum().double() * q.shape[2] * q.shape[3])
 
     def by_site(self) -> list[dict[str, Any]]:
         """One row per site: layer, site, tokens, width, fan_out, and its statistics."""

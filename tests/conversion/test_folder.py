@@ -138,11 +138,12 @@ def test_measured_numbers_reach_card_and_record(source, tmp_path):
         add_measurements(tmp_path, {})
 
 
-def test_card_warns_of_untrained_gates(source, tmp_path):
-    convert(source, tmp_path / "gla", mixers="gla", progress=False)
+def test_card_warns_of_untrained_parameters(source, tmp_path):
+    convert(source, tmp_path / "new", mixers=["gla+swa", "delta", "keep", "swa"], progress=False)
     convert(source, tmp_path / "keep", progress=False)
-    assert "untrained gates" in (tmp_path / "gla" / "README.md").read_text()
-    assert "untrained gates" not in (tmp_path / "keep" / "README.md").read_text()
+    warning = "Layers with delta, gla have new, untrained parameters"
+    assert warning in (tmp_path / "new" / "README.md").read_text()
+    assert "untrained" not in (tmp_path / "keep" / "README.md").read_text()
 
 
 def test_plan_is_shown_before_work(source, capsys):

@@ -4,7 +4,7 @@ import torch
 from spikelm.conversion.convert import convert
 from spikelm.conversion.families import FAMILIES
 from spikelm.conversion.keys import map_tensors, new_parameters, targets_of
-from spikelm.conversion.plan import ConversionPlan
+from spikelm.conversion.plan import TARGETS, ConversionPlan
 from spikelm.modeling import SpikeLMForCausalLM
 from tests.conversion.tiny import llama, phi3
 
@@ -18,7 +18,7 @@ def parts(source, **choices):
 
 
 @pytest.mark.parametrize("threshold", ["token", "calibrated", "learned"])
-@pytest.mark.parametrize("mixers", ["keep", "gla", "swa", "gla+swa", "gla+attention", "uniform:2"])
+@pytest.mark.parametrize("mixers", ["keep", *TARGETS, "gla+swa", "gla+attention", "swa+delta", "uniform:2"])
 def test_declared_new_parameters_are_those_of_the_model(mixers, threshold):
     source = llama()
     family, tensors, expected, config = parts(source, mixers=mixers, threshold=threshold)

@@ -4,11 +4,13 @@ import torch
 from spikelm.conversion.convert import convert
 from spikelm.conversion.families import FAMILIES
 from spikelm.conversion.plan import ConversionPlan
-from tests.conversion.tiny import VOCAB, gemma3, llama, mistral
+from tests.conversion.tiny import VOCAB, gemma2, gemma3, llama, mistral
 
 BAD = [
     ({"mixers": "rwkv9"}, "mixers must be one of"),
     ({"mixers": "attention+swa"}, "mixers must be one of"),
+    ({"mixers": "gla+delta"}, "mixers must be one of"),
+    ({"mixers": "window_linear+attention"}, "mixers must be one of"),
     ({"mixers": "uniform:1"}, "at least 2"),
     ({"mixers": "uniform:x"}, "at least 2"),
     ({"mixers": ["keep", "uniform:2"]}, "mixers must be one of"),
@@ -69,6 +71,29 @@ def test_default_window_is_no_longer_than_the_model_can_read():
     assert ConversionPlan(mixers="swa").apply(_fields(llama())).attention_window == [64] * 4
 
 
+def test_windowed_linear_layers_have_short_windows_and_no_sinks():
+    fields = _fields(llama(max_position_embeddings=512))
+    config = ConversionPlan(mixers=["window_linear", "keep", "swa", "delta"]).apply(fields)
+    assert config.attention_window == [64, None, 512, None]
+    assert config.attention_sinks == [0, 0, 4, 0]
+    assert ConversionPlan(mixers="window_linear", window=9).apply(fields).attention_window == [9] * 4
+
+
+def test_a_cap_on_scores_cannot_become_windowed_linear():
+    with pytest.raises(ValueError, match="scores without a cap"):
+        ConversionPlan(mixers="window_linear").apply(_fields(gemma2(attn_logit_softcapping=4.0)))
+
+
+@torch.no_grad()
+def test_windowed_linear_attention_is_the_source_until_the_window_is_full():
+    source = llama()
+    model = convert(source, mixers="window_linear", window=12, sites="none", progress=False)
+    ids = torch.randint(3, VOCAB, (2, 20))
+    expected, got = source(ids).logits, model(ids).logits
+    torch.testing.assert_close(got[:, :12], expected[:, :12], atol=1e-4, rtol=0)
+    assert (got[:, 12:] - expected[:, 12:]).abs().amax(-1).min() > 1e-3
+
+
 def test_k_is_finer_where_dead_zones_silence():
     assert ConversionPlan().k == 3.0
     assert ConversionPlan(silent_share=0.3).k == 4.0
@@ -85,7 +110,16 @@ def test_description_names_what_happens():
 
 @pytest.mark.parametrize("make", [llama, gemma3])
 @pytest.mark.parametrize(
-    "mixers", ["gla", "swa", "attention", "gla+swa", "uniform:2", ["gla", "keep", "gla+swa", "swa"]]
+    "mixers",
+    [
+        "gla",
+        "swa",
+        "attention",
+        "gla+swa",
+        "uniform:2",
+        ["gla", "keep", "retention+swa", "swa"],
+        ["window_linear", "delta"] * 2,
+    ],
 )
 def test_plans_build_run_save_load(mixers, make, tmp_path):
     from transformers import AutoModelForCausalLM

@@ -210,6 +210,15 @@ def test_steps_equal_the_sequence(form, dtype):
     assert_close("state", state, final, 1e-13 if dtype == torch.float64 else 1e-6)
 
 
+def test_one_state_is_read_by_several_queries():
+    (q, *rest, state), _, _ = problem(GATED, Case(1, 2, 2, 2, 6, 5, "weak", dtype=torch.float64), "cpu")
+    rest, queries = [x[:, 0] for x in rest], torch.stack([q[:, 0], -2 * q[:, 0]])
+    o, after = gated_delta_rule_step(queries, *rest, state)
+    for query, seen in zip(queries, o):
+        alone, same = gated_delta_rule_step(query, *rest, state)
+        assert torch.equal(seen, alone) and torch.equal(after, same)
+
+
 @tiers
 @forms
 def test_a_sequence_in_two_parts(device, form):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from small_models import SITES, leaves, small_model
+from spikelm.cache import CACHE_NAME
 from spikelm.spiking import SpikeStatistics, spike_groups
 
 
@@ -109,6 +110,39 @@ def test_dense_work_that_remains(model):
     full = sum(t + 1 for t in range(6))
     assert dense["attention"] == pytest.approx(2 * 4 * 8 * (window + full) / 6)
     assert dense["linear_attention"] == (2 * 2 + 4) * 8 * 8
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_window_off_by_one": True}, {"attention_sinks": 2}])
+@torch.no_grad()
+def test_pairs_are_those_that_attention_weighs(changes):
+    """Padding, two documents in a row, windows: every weight above zero is a pair of query and key."""
+    model = small_model(mixers=["swa", "attention", "swa"], spike_sites=["o"], **changes)
+    model.set_attn_implementation("eager")
+    mask = torch.ones(2, 15, dtype=torch.long)
+    mask[0, 6:9] = 0
+    positions = torch.cat([torch.arange(11), torch.arange(4)]).expand(2, -1)
+    with SpikeStatistics(model) as statistics:
+        inputs = {"input_ids": torch.randint(0, 97, (2, 15)), "attention_mask": mask, "position_ids": positions}
+        weights = model(**inputs, output_attentions=True).attentions
+    pairs = sum(((w > 0).any(1) & mask.bool()[:, :, None]).sum().item() for w in weights)
+    macs = statistics.summary()["dense_macs_per_token"]["attention"]
+    assert macs * mask.sum().item() == pytest.approx(2 * 4 * 8 * pairs)
+
+
+@torch.no_grad()
+def test_windowed_linear_attention_counts_its_window_and_its_sums():
+    model = small_model(mixers="window_linear", spike_sites=["o"])
+    ids = torch.randint(0, 97, (1, 9))
+    with SpikeStatistics(model) as whole:
+        model(ids)
+    with SpikeStatistics(model) as stepwise:
+        cache = model(ids[:, :1], use_cache=True)[CACHE_NAME]
+        for t in range(1, 9):
+            model(ids[:, t : t + 1], cache=cache)
+    dense = whole.summary()["dense_macs_per_token"]
+    assert dense["attention"] == pytest.approx(3 * 2 * 4 * 8 * sum(min(t + 1, 4) for t in range(9)) / 9)
+    assert dense["linear_attention"] == 3 * (4 + 2) * (8 * 4 + 8 * 8 + 8)
+    assert stepwise.summary()["dense_macs_per_token"] == pytest.approx(dense)
 
 
 def test_nothing_stays_behind(model):
