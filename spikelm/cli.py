@@ -95,7 +95,7 @@ def quickstart(model: str | None, out: Path, silent_share: float, k: float, toke
     help="`keep`, a mixer for all layers, `uniform:N`, or a comma-separated list with one per layer.",
 )
 @click.option("--target", default="gla", show_default=True, help="Mixer of the layers that `uniform:N` changes.")
-@click.option("--window", type=int, help="Width of new sliding windows, in tokens.")
+@click.option("--window", type=int, help="Width of new windows, in tokens.")
 @click.option("--spikes", default="all", show_default=True, help="`all`, `none`, or some of qkv,o,gate_up,down.")
 @click.option("--code", default="bitwise", show_default=True, help="bitwise, ternary or twos_complement.")
 @click.option("--k", type=float, help="Spike counts per mean magnitude.  [default: 3, or 4 with a silent share]")

@@ -24,7 +24,8 @@ def _layer_type(mixer: str) -> str:
     names = frozenset(mixer.split("+"))
     if names in _LAYER_TYPES:
         return _LAYER_TYPES[names]
-    return "hybrid" if "attention" in names else "hybrid_sliding" if "swa" in names else "linear_attention"
+    sliding = not names.isdisjoint({"swa", "window_linear"})
+    return "hybrid" if "attention" in names else "hybrid_sliding" if sliding else "linear_attention"
 
 
 # What transformers shows to somebody who loads a spikelm folder without `import spikelm`: it prints this text as the

@@ -11,6 +11,8 @@ def test_layer_types_follow_the_mixers():
     config = small_config(mixers=["gla", "swa", "gla+swa"])
     assert config.layer_types == ["linear_attention", "sliding_attention", "hybrid_sliding"]
     assert config.ffns == ["gated"] * 3
+    config = small_config(mixers=["delta", "window_linear", "window_linear+attention"])
+    assert config.layer_types == ["linear_attention", "hybrid_sliding", "hybrid"]
 
 
 def test_heads_default_as_in_llama():

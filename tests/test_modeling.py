@@ -134,7 +134,7 @@ def test_every_weight_learns_through_the_spikes(pattern, ids):
     assert silent == []
 
 
-@pytest.mark.parametrize("name", ["gla-swa-attention", "gla+swa"])
+@pytest.mark.parametrize("name", ["gla-swa-attention", "gla+swa", "window_linear", "delta"])
 @torch.no_grad()
 def test_compiled_without_graph_breaks(name, ids):
     model = small_model(dtype=torch.float32, spike_sites=SITES, use_cache=False, **PATTERNS[name])
