@@ -74,7 +74,7 @@ class DeltaCore(Stateful, nn.Module):
         k, v, g, beta = (t.repeat_interleave(self.groups, 2) for t in (k, v, g, beta))
         state = None if state is None else state.repeat_interleave(self.groups, 1)
         out, state = gated_delta_rule(q, k, v, g, beta, initial_state=state)
-        return out, state[:, :: self.groups]
+        return out, state[:, :: self.groups].contiguous()  # a view would hold all of them
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One update for each key-value head, read by all queries of its group."""
@@ -87,7 +87,7 @@ class Rates(KeepsDtype):
     """`A_log` and `dt_bias` `[Hkv]`, float32: logits `[B, T, Hkv]` -> log decays -exp(A_log) softplus(logit + dt_bias).
 
     They start as in Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): exp(A_log) uniform in 1 to 16, softplus(dt_bias)
-    log-uniform in 0.001 to 0.1, so half-lives lie between half a token and 693 tokens.
+    log-uniform in 0.001 to 0.1, so a zero logit has a half-life of 0.4 to 693 tokens.
     """
 
     def __init__(self, heads: int):

@@ -81,6 +81,7 @@ def test_state_is_kept_once_per_key_value_head():
         state = cache.layers[0].states["mixer.delta.recurrent"]
         assert state.shape == (3, *core.state_specs()["recurrent"].shape) == (3, 2, 8, 8)
         assert state.dtype == torch.float32
+        assert state.untyped_storage().nbytes() == state.nbytes
     assert core.state_macs == (3 * 2 + 4) * 8 * 8
 
 
