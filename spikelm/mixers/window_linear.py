@@ -4,9 +4,9 @@
     s_ti = scale * q_t . k_i,   c_t = max_window s_ti,   gamma = sigmoid(logit) per head
 
 with learned feature maps phi, one per head, of the rotated q and k (arXiv 2410.10254; the op and its state:
-`spikelm.kernels.window_linear`). The two kinds start from q and k themselves and have as many features as channels:
+`spikelm.kernels.window_linear`). Two kinds, with as many features as channels, and W the identity at the start:
 
-    hedgehog   concat(softmax(x W), softmax(-x W)),  W [H, D, D / 2]
+    hedgehog   concat(softmax(x W), softmax(-x W)),  W [H, D, D / 2] (at the start it reads half of the channels)
     relu       relu(x W),                            W [H, D, D]
 
 States, w the window: a ring of the last w - 1 tokens, `keys`, `values` `[B, Hkv, w - 1, D]`, `features`
