@@ -20,8 +20,6 @@ FEATURE_MAPS = ("relu", "sigmoid", "softplus")
 LEARNED_MAPS = ("hedgehog", "relu")
 GATES = ("low_rank", "dense", "tied")
 FFNS = ("gated", "moe", "rwkv", "rwkv7", "none")
-HEAD_MIXERS = ("attention", "swa", "gla", "retention")  # mix heads between shared q, k, v, o projections
-FFNS = ("gated", "rwkv", "rwkv7", "none")
 # These mix heads between shared q, k, v, o projections.
 HEAD_MIXERS = ("attention", "swa", "gla", "retention", "window_linear", "delta")
 MIXERS = (*HEAD_MIXERS, "rwkv4", "rwkv7", "hgrn", "mingru")
@@ -144,6 +142,9 @@ def _moe(config: "SpikeLMConfig", i: int, where: str) -> None:
         raise ValueError(
             f"moe_top_k must lie between 1 and moe_experts ({config.moe_experts}) for the ffn{where}; got "
             f"{config.moe_top_k}."
+        )
+
+
 def _window_linear(config: "SpikeLMConfig", i: int, where: str) -> None:
     _window(config, i, where, "window_linear")
     choice("window_linear_feature_map", config.at("window_linear_feature_map", i), LEARNED_MAPS, where)
@@ -157,10 +158,9 @@ def _window_linear(config: "SpikeLMConfig", i: int, where: str) -> None:
 CHECKS: dict[str, Callable[["SpikeLMConfig", int, str], None]] = {
     "swa": _swa,
     "gla": _gla,
-    "rwkv7": _rwkv7,
-    "moe": _moe,
     "window_linear": _window_linear,
     "rwkv7": _rwkv7,
+    "moe": _moe,
 }
 
 
