@@ -24,7 +24,7 @@ from spikelm.eval.fidelity import Row, check_pair, compare, run
 from spikelm.eval.report import build, environment, write_report
 from spikelm.eval.rows import TARGETS, calibrated_allocation, control_rows, curve_rows, curve_windows, model_row
 from spikelm.eval.speed import tokens_per_second
-from spikelm.spiking.site import spike_groups
+from spikelm.spiking.site import SpikeGroup, SpikeSite, spike_groups
 from spikelm.spiking.trains import execute_trains
 
 EXECUTE = ("counts", "trains")
@@ -75,8 +75,9 @@ def evaluate(
         ValueError: texts that are too short or share a name, a tokenizer or vocabularies that do not fit, logits that
             are not finite, an unknown way to execute, trains without spike sites, a file where the folder should be.
     """
-    spiking = any(True for _ in spike_groups(model))
-    _check(texts, execute, spiking, out)
+    groups = list(spike_groups(model))
+    spiking = bool(groups)
+    _check(texts, execute, groups, out)
     cut = [tokenize(text, tokenizer, tokens, window) for text in texts]
     apply: Callable[[], AbstractContextManager] = partial(execute_trains, model) if execute == "trains" else nullcontext
     calibration = calibration or Text("Python reference topics", calibration_sample(), "pydoc_data.topics")
@@ -122,7 +123,7 @@ def evaluate(
     return report
 
 
-def _check(texts: list[Text], execute: str, spiking: bool, out: str | Path | None) -> None:
+def _check(texts: list[Text], execute: str, groups: list[SpikeGroup], out: str | Path | None) -> None:
     names = [text.name for text in texts]
     if not texts:
         raise ValueError("There is no text to evaluate on; give at least one.")
@@ -130,8 +131,13 @@ def _check(texts: list[Text], execute: str, spiking: bool, out: str | Path | Non
         raise ValueError(f"Several texts are called {doubled[0]!r}; give each its own name.")
     if execute not in EXECUTE:
         raise ValueError(f"execute must be one of {', '.join(EXECUTE)}; got {execute!r}.")
-    if execute == "trains" and not spiking:
+    if execute == "trains" and not groups:
         raise ValueError("execute is 'trains', but the model has no spike sites; evaluate it with 'counts'.")
+    if strange := next((group for group in groups if not isinstance(group.site, SpikeSite)), None):
+        raise ValueError(
+            f"The report compares spike codes with their controls, but {strange.path} holds "
+            f"{type(strange.site).__name__}: neurons and events have none. Count their spikes with SpikeStatistics."
+        )
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"{str(out)!r} is a file; give a folder for the report.")
 

@@ -25,7 +25,8 @@ def model_card(record: dict[str, Any]) -> str:
         rows = [f"| {name} | {_number(value)} |" for name, value in record["measured"].items()]
         parts.append("\n".join(["## Measured", "", "| | |", "|---|---|", *rows]))
     else:
-        parts.append("## Measured\n\nNothing yet: `spikelm eval` compares this model with its baseline.")
+        how = ": `spikelm eval` compares this model with its baseline" if record["plan"] is not None else ""
+        parts.append(f"## Measured\n\nNothing yet{how}.")
     limits = [*record["notes"]]
     named = {name for mixer in record["result"]["layers"] for name in mixer.split("+")}
     if record["plan"] is not None and (untrained := named - set(ATTENDING)):

@@ -174,6 +174,9 @@ def test_wrong_arguments_are_refused(make_pair, tokenizer, prose, tmp_path):
         evaluate(small, small, tokenizer, [prose], **SMALL)
     with pytest.raises(ValueError, match="no spike sites"):
         evaluate(baseline, baseline, tokenizer, [prose], execute="trains", **SMALL)
+    neurons, _ = make_pair(num_hidden_layers=1, spike_neuron="lif", spike_code="binary")
+    with pytest.raises(ValueError, match=r"qkv_site holds LIFSite: .* Count their spikes with SpikeStatistics"):
+        evaluate(neurons, baseline, tokenizer, [prose], **SMALL)
 
 
 def test_curve_windows_are_taken_in_turn_from_every_text(tokenizer, letters, prose):
