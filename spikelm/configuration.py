@@ -69,6 +69,8 @@ class SpikeLMConfig(PreTrainedConfig):
         moe_experts, moe_top_k: routed experts of `moe` beside the shared one, and how many of them a token takes.
         rwkv_decay_rank, rwkv_rate_rank, rwkv_value_rank, rwkv_gate_rank: ranks of RWKV-7's low-rank maps; None: as
             published for the width.
+        rwkv_idle_value_mix: whether a first layer `rwkv7` carries the value mix that nothing reads there, as files of
+            the published trainer do.
         event_threshold: initial threshold of the events of `hgrn` and `mingru`; learned per channel.
         gla_feature_map: `relu`, `sigmoid` or `softplus` on q and k.
         gla_gate: `low_rank` or `dense` (learned, log-sigmoid of two linears or of one), or `tied` (decay 1 - k; needs
@@ -168,6 +170,7 @@ class SpikeLMConfig(PreTrainedConfig):
     rwkv_rate_rank: int | None = None
     rwkv_value_rank: int | None = None
     rwkv_gate_rank: int | None = None
+    rwkv_idle_value_mix: bool = False
     event_threshold: float | int | list[float | int] = 0.0
 
     gla_feature_map: str | list[str] = "relu"

@@ -5,6 +5,7 @@ A preset is one entry of `PRESETS`, the fields of `SpikeLMConfig` that differ fr
 - SpikingBrain: arXiv 2509.05276, and the configuration of its release.
 - SpikeGPT: arXiv 2302.13939, and its released code. The paper does not state the vocabulary of its 46M model; with the
   6,064 different characters of enwik8, which it was trained on, the model has 47.2M parameters, with 5,000 46.1M.
+- RWKV-7: arXiv 2503.14456, and its released trainer; `rwkv7-0.1b` has the sizes of the smallest "World" release.
 - AstroSNN: the equations of arXiv 2312.07625 are not public. `astrosnn-small` is our formulation, SpikeGPT with the
   astrocyte units of `spikelm.spiking.neurons`, in the sizes of `spikegpt-46m` so that the two compare.
 """
@@ -110,6 +111,32 @@ _SPIKINGBRAIN_76B = _SPIKINGBRAIN_7B | {
     "attention_window_off_by_one": False,
 }
 
+RWKV7: dict[str, Any] = {
+    "head_dim": 64,
+    "mixers": "rwkv7",
+    "ffns": "rwkv7",
+    "pre_norm": "layernorm",
+    "final_norm": "layernorm",
+    "embedding_norm": "layernorm",
+    "norm_eps": 1e-5,
+}
+_RWKV7_01B = RWKV7 | {
+    "vocab_size": 65536,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 4096,
+}
+_RWKV7_TINY = RWKV7 | {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "spikingbrain-7b": _SPIKINGBRAIN_7B,
     "spikingbrain-7b-w8aspike": _SPIKINGBRAIN_7B | _W8ASPIKE,
@@ -119,6 +146,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "spikegpt-216m": _SPIKEGPT_216M,
     "spikegpt-46m": _SPIKEGPT_46M,
     "spikegpt-tiny": _SPIKEGPT_TINY,  # for tests and first steps
+    "rwkv7-0.1b": _RWKV7_01B,
+    "rwkv7-tiny": _RWKV7_TINY,  # for tests and first steps
     "astrosnn-small": _SPIKEGPT_46M | {"spike_neuron": "astrocyte"},
 }
 

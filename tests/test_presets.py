@@ -15,6 +15,8 @@ PARAMETERS = {
     "spikegpt-46m": 12 * (13 * 512**2 + 11 * 512) + 2 * 6064 * 512 + 4 * 512,  # 47.2M
     "spikegpt-tiny": 2 * (13 * 64**2 + 11 * 64) + 2 * 256 * 64 + 4 * 64,
     "astrosnn-small": 47_173_632 + 12 * 2 * 5 * 512,  # five values for each unit, at two sites of each layer
+    "rwkv7-0.1b": 191_034_624,  # 191,084,544 in a file that holds the idle value mix of the first layer
+    "rwkv7-tiny": 777_728,
 }
 
 
@@ -41,7 +43,7 @@ def test_layers_of_spikingbrain_alternate():
 
 
 def test_tiny_presets_run():
-    for name in ("spikingbrain-tiny", "spikingbrain-tiny-w8aspike", "spikegpt-tiny"):
+    for name in ("spikingbrain-tiny", "spikingbrain-tiny-w8aspike", "spikegpt-tiny", "rwkv7-tiny"):
         model = SpikeLMForCausalLM(presets.get(name)).eval()
         assert model(torch.arange(20)[None]).logits.isfinite().all()
 

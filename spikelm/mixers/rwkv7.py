@@ -87,6 +87,8 @@ class RWKV7(Stateful, nn.Module):
         if not self.first:
             self.value = LowRank(hidden, ranks["value"])
         self.channels = Channels(self.heads, self.head_dim, layer_idx, config.num_hidden_layers, not self.first)
+        if config.rwkv_idle_value_mix and layer_idx == 0:
+            self.idle = Idle(hidden, ranks["value"])
         self.norm = declare(nn.GroupNorm(self.heads, hidden, eps=1e-5 * self.head_dim))
         self.norm.initial = {"weight": ((layer_idx + 1) / config.num_hidden_layers) ** 0.7, "bias": 0.0}
         self.o_site = make_site(config, layer_idx, "o", hidden)
@@ -178,6 +180,16 @@ class Channels(KeepsDtype):
         }
         if mixes_values:
             self.initial["value"] = partial(_waves, base=0.73, zigzag=0.0, slope=-0.4, head_dim=head_dim)
+
+
+class Idle(nn.Module):
+    """`v0` `[1, 1, C]`, `v1` `[C, rank]`, `v2` `[rank, C]`: a value mix that is only kept, in its published form."""
+
+    def __init__(self, hidden: int, rank: int):
+        super().__init__()
+        self.initial = {"v0": 0.0, "v1": 0.0, "v2": 0.0}
+        for name, shape in (("v0", (1, 1, hidden)), ("v1", (hidden, rank)), ("v2", (rank, hidden))):
+            self.register_buffer(name, torch.empty(shape))
 
 
 def _places(width: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ PRESETS = {
     "spikingbrain-w8aspike": "spikingbrain-7b-w8aspike",
     "spikegpt": "spikegpt-216m",
     "rwkv4": "spikegpt-216m",  # the same tensors: neurons have none
+    "rwkv7": "rwkv7-0.1b",
 }
 
 
@@ -84,12 +85,13 @@ def test_key_tables_have_as_many_tensors_and_bytes_as_published(kind):
         "spikingbrain-w8aspike": (591, 30_769_980_416),
         "spikegpt": (330, 4 * 215_399_424),
         "rwkv4": (330, 4 * 215_399_424),
+        "rwkv7": (399, 4 * 191_034_624),
     }[kind]
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_rules_undo_each_other(kind):
-    config = presets.get(PRESETS[kind].replace("7b", "tiny").replace("216m", "tiny"))
+    config = presets.get(re.sub(r"-[0-9.]+[bm]", "-tiny", PRESETS[kind]))
     blank = blank_model(config).state_dict()
     for rule in KINDS[kind].rules(config):
         ours = [torch.ones(blank[name].shape) for name in rule.ours]

@@ -2,9 +2,10 @@
 
 from spikelm.conversion.published.kind import Kind
 from spikelm.conversion.published.rwkv import RWKV4, SPIKEGPT
+from spikelm.conversion.published.rwkv7 import RWKV7
 from spikelm.conversion.published.spikingbrain import SPIKINGBRAIN_7B, SPIKINGBRAIN_W8ASPIKE
 
-KINDS = {kind.name: kind for kind in (SPIKINGBRAIN_7B, SPIKINGBRAIN_W8ASPIKE, SPIKEGPT, RWKV4)}
+KINDS = {kind.name: kind for kind in (SPIKINGBRAIN_7B, SPIKINGBRAIN_W8ASPIKE, SPIKEGPT, RWKV4, RWKV7)}
 
 
 def kind_named(name: str) -> Kind:
