@@ -104,6 +104,17 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         self._keep_in_fp32_modules_strict = {path.rpartition(".")[2] for path in keeping}
         super().post_init()
 
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        # Re-entrant checkpointing runs layers without gradients first: values that cross layers would be constants.
+        function = kwargs.get("gradient_checkpointing_func", args[0] if args else None)
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+        if enable and reentrant and any(getattr(m, "reads_earlier_layers", False) for m in self.modules()):
+            raise ValueError(
+                "use_reentrant=True would lose gradients of values that cross layers, as those of RWKV-7's first layer "
+                "do. Leave it out, or give use_reentrant=False."
+            )
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # `init` leaves tensors alone that a checkpoint has filled; writing in place would not.

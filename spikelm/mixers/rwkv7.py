@@ -68,6 +68,7 @@ class RWKV7(Stateful, nn.Module):
         hidden = config.hidden_size
         self.state_macs = 5 * self.heads * self.head_dim**2
         self.first = "rwkv7" not in "+".join(config.mixers[:layer_idx]).split("+")
+        self.reads_earlier_layers = not self.first
         ranks = {name: getattr(config, f"rwkv_{name}_rank") or n for name, n in default_ranks(hidden).items()}
 
         self.previous = Previous(layer_idx, hidden)
@@ -122,7 +123,8 @@ class RWKV7(Stateful, nn.Module):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         logits = own.decay.to(wide) + self.decay[1](torch.tanh(self.decay[0](shifted["w"]))).to(wide)
         log_decay = -exp(-0.5) * torch.sigmoid(logits)
-        erased = F.normalize(self._heads(k * own.erase.to(x.dtype)), dim=-1)
+        # Wide: the state decays only while this has length 1, and in float16 the norm's epsilon would be 0.
+        erased = F.normalize(self._heads(k.to(wide) * own.erase.to(wide)), dim=-1)
         k = k * (1 + (rate - 1) * own.write.to(x.dtype))
         r, k, v, log_decay, rate = (self._heads(t) for t in (r, k, v, log_decay, rate))
         y = self._recur(r, log_decay, k, v, erased, rate, context)

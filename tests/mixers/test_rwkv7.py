@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from small_models import small_config, small_model
@@ -69,3 +70,19 @@ def test_initial_values_are_the_published_ones():
     assert torch.allclose(last.channels.value, 0.73 - 0.4 * (place - 0.5), atol=1e-6)
     assert (last.norm.weight == 1.0).all() and torch.allclose(first.norm.weight, torch.tensor((1 / 3) ** 0.7))
     assert not first.o_proj.weight.any() and not first.decay[0].weight.any()
+
+
+@torch.no_grad()
+def test_silent_keys_are_finite_in_float16():
+    model = small_model(mixers="rwkv7", dtype=torch.float32).half()
+    for layer in model.model.layers:
+        layer.mixer.k_proj.weight.zero_()
+    assert model(torch.randint(0, 97, (2, 9))).logits.isfinite().all()
+
+
+def test_checkpointing_that_would_lose_gradients_of_the_first_values_is_refused():
+    """Re-entrant checkpointing runs layers without gradients first: what crosses layers would be a constant."""
+    reentrant = {"use_reentrant": True}
+    with pytest.raises(ValueError, match="use_reentrant"):
+        small_model(mixers="rwkv7").gradient_checkpointing_enable(reentrant)
+    small_model(mixers=["rwkv7", "gla", "gla"]).gradient_checkpointing_enable(reentrant)
