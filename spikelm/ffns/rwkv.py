@@ -12,6 +12,7 @@ State: `last` `[B, hidden]`, the token before.
 """
 
 from functools import partial
+from math import sqrt
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,7 +90,8 @@ class RWKV7FFN(nn.Module):
         power = (1 - layer_idx / config.num_hidden_layers) ** 4
         self.initial = {"mix_key": partial(falling_ramp, power=power)}
         self.gate_up_site = make_site(config, layer_idx, "gate_up", hidden)
-        self.key_proj = declare(nn.Linear(hidden, inner, bias=False), weight=orthogonal(hidden, inner))
+        uniform = partial(init.uniform_, a=-0.5 / sqrt(hidden), b=0.5 / sqrt(hidden))
+        self.key_proj = declare(nn.Linear(hidden, inner, bias=False), weight=uniform)
         self.down_site = make_site(config, layer_idx, "down", inner)
         self.value_proj = declare(nn.Linear(inner, hidden, bias=False), weight=0.0)
 

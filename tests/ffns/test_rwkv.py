@@ -42,3 +42,4 @@ def test_initial_values_are_the_published_ones():
     assert torch.allclose(rows, 1.5 * torch.eye(32), atol=1e-5)
     seventh = SpikeLMForCausalLM(small_config(ffns="rwkv7")).model.layers[1].ffn
     assert torch.allclose(seventh.mix_key, 1 - ramp ** ((2 / 3) ** 4))
+    assert 0.9 < seventh.key_proj.weight.abs().max() / (0.5 / 32**0.5) <= 1 and not seventh.value_proj.weight.any()
