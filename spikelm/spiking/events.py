@@ -1,6 +1,6 @@
-"""Graded events: a state speaks only above its threshold, and then with its value.
+"""Graded events: a state speaks only from its threshold on, and then with its value.
 
-    y = c where c > threshold, else 0
+    y = c where c >= threshold, else 0
 
 (EGRU, Subramoney et al. 2022, arXiv 2206.06178, without its reset.) The gradient through the comparison is a triangle
 around the threshold, of height 1 and half width 1. Events are counted like the spikes of any site.
@@ -31,7 +31,7 @@ class Events(Site):
         fill(self)
 
     def forward(self, state: Tensor, context: "ForwardContext | None" = None) -> Tensor:
-        """Each state where it exceeds its threshold; a state at the threshold 0 is itself 0."""
+        """Each state where it reaches its threshold; a state at the threshold 0 is itself 0."""
         # A unit that forgets at once is the comparison alone, with its surrogate gradient.
         speaks = lif(
             state,
