@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from small_models import PATTERNS, SITES, small_config, small_model
+from small_models import EVERY_SITE, PATTERNS, SITES, small_config, small_model
 from spikelm import SpikeLMForCausalLM, SpikeLMForSequenceClassification, SpikeLMModel
+from spikelm.precision import KeepsDtype
 
 
 @pytest.fixture
@@ -99,6 +100,29 @@ def test_spike_tensors_stay_float32_in_a_bfloat16_model(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(loaded.model.layers[0].mixer.qkv_site.k, third)
     assert loaded.model.layers[0].mixer.q_proj.weight.dtype == torch.bfloat16
+
+
+def kept_tensors(model):
+    """What is to keep its dtype, by name."""
+    return {
+        f"{path}.{name}": tensor.detach().clone()
+        for path, module in model.named_modules()
+        if isinstance(module, KeepsDtype)
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
+
+
+def test_tensors_that_keep_their_dtype_do_so_however_a_model_becomes_half(pattern, tmp_path):
+    model = small_model(dtype=torch.float32, spike_sites=EVERY_SITE, **pattern)
+    expected = kept_tensors(model)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for half, dtype in ((loaded, torch.bfloat16), (model.to(torch.float16), torch.float16)):
+        kept = kept_tensors(half)
+        assert set(kept) == set(expected)
+        for name, tensor in expected.items():
+            assert kept[name].dtype is torch.float32 and torch.equal(kept[name], tensor), name
+        assert all(p.dtype is dtype for name, p in half.named_parameters() if name not in kept)
 
 
 @torch.no_grad()
