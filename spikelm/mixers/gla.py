@@ -20,6 +20,7 @@ from transformers import initialization as init
 from spikelm.cache import Stateful, StateSpec
 from spikelm.initial import declare
 from spikelm.kernels.gla import gla, gla_step
+from spikelm.kernels.runtime import wide_dtype
 from spikelm.norms import make_norm
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class GatedLinearCore(Stateful, nn.Module):
 
     def _log_decay(self, k: Tensor, x: Tensor) -> Tensor:
         """log g `[B, T, Hkv, D]` in float32 or better, from the raw keys or from the layer's input."""
-        wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(k)
         if self.tied:
             return F.logsigmoid(-k.to(wide))  # log(1 - sigmoid(k)) without cancellation
         logits = self.gate(x).unflatten(-1, (self.heads, self.head_dim))

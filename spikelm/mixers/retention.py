@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikelm.cache import Stateful, StateSpec
+from spikelm.kernels.runtime import wide_dtype
 from spikelm.kernels.simple_gla import simple_gla, simple_gla_step
 from spikelm.mixers.attention import rotate
 from spikelm.norms import make_norm
@@ -44,7 +45,7 @@ class RetentionCore(Stateful, nn.Module):
         """q `[B, T, H, D]`, k, v `[B, T, Hkv, D]`, x `[B, T, hidden]` -> heads `[B, T, H, D]`, None."""
         if self.rope != "none":
             q, k = (rotate(t.transpose(1, 2), *context.rope[self.rope]).transpose(1, 2) for t in (q, k))
-        wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(k)
         log_decay = torch.log1p(-(2.0 ** -(5 + torch.arange(self.heads, dtype=wide, device=k.device))))
         log_decay = log_decay.expand(*k.shape[:3])
         if context.valid is not None:

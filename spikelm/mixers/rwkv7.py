@@ -27,6 +27,7 @@ from spikelm.cache import Stateful, StateSpec
 from spikelm.ffns.rwkv import falling_ramp
 from spikelm.initial import declare
 from spikelm.kernels.delta_rule import generalized_delta_rule, generalized_delta_rule_step
+from spikelm.kernels.runtime import wide_dtype
 from spikelm.precision import KeepsDtype
 from spikelm.shift import Previous
 from spikelm.spiking.site import make_site
@@ -120,7 +121,7 @@ class RWKV7(Stateful, nn.Module):
         gate = self.gate[1](torch.sigmoid(self.gate[0](shifted["g"])))
         v = self._with_first_value(v, shifted["v"], context)
 
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x)
         logits = own.decay.to(wide) + self.decay[1](torch.tanh(self.decay[0](shifted["w"]))).to(wide)
         log_decay = -exp(-0.5) * torch.sigmoid(logits)
         # Wide: the state decays only while this has length 1, and in float16 the norm's epsilon would be 0.

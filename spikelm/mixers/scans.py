@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikelm.cache import Stateful, StateSpec
+from spikelm.kernels.runtime import wide_dtype
 from spikelm.kernels.scan import scan, scan_step
 from spikelm.norms import make_norm
 from spikelm.spiking.events import Events
@@ -83,7 +84,7 @@ class HGRN(ScanMixer):
     def forward(self, x: Tensor, context: "ForwardContext") -> Tensor:
         """Mix tokens over time."""
         x = self.qkv_site(x, context)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x)
         forget = self.lower_bound + (1 - self.lower_bound) * torch.sigmoid(self.f_proj(x).to(wide))
         h = self._scan((1 - forget) * F.silu(self.i_proj(x).to(wide)), forget, context)
         y = self.norm(self.events(h, context)).to(x.dtype) * F.silu(self.g_proj(x))
@@ -102,7 +103,7 @@ class MinGRU(ScanMixer):
     def forward(self, x: Tensor, context: "ForwardContext") -> Tensor:
         """Mix tokens over time."""
         x = self.qkv_site(x, context)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x)
         update = torch.sigmoid(self.u_proj(x).to(wide))
         h = self._scan(update * self.z_proj(x).to(wide), 1 - update, context)
         return self.o_proj(self.o_site(self.events(h, context).to(x.dtype), context))

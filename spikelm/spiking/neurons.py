@@ -58,8 +58,9 @@ class LIFSite(Stateful, Site):
             "surrogate": config.neuron_surrogate,
             "width": float(config.neuron_width),
             "gain": config.neuron_gain,
+            "temporal_grad": config.neuron_temporal_grad,
+            "window": config.neuron_grad_window,
         }
-        self.temporal = {"temporal_grad": config.neuron_temporal_grad, "window": config.neuron_grad_window}
 
     def state_specs(self) -> dict[str, StateSpec]:
         """The membranes, with an astrocyte its two traces beside them."""
@@ -88,7 +89,7 @@ class LIFSite(Stateful, Site):
         decay, threshold, astrocyte = self.parameters_of_units()
         state = None if context is None else self.read_state(context, "membrane")
         boundary = None if context is None else context.boundary
-        options = {"astrocyte": astrocyte, "initial_state": state, **self.options, **self.temporal}
+        options = {"astrocyte": astrocyte, "initial_state": state, **self.options}
         if context is None or context.valid is None:
             spikes, state = lif(x, decay, threshold, reset_mask=boundary, **options)
         else:
@@ -198,7 +199,7 @@ class ResetFree(Stateful, KeepsDtype):
 
     def forward(self, x: Tensor, context: "ForwardContext") -> Tensor:
         """`[B, T, width]` -> potentials, same shape and dtype."""
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x)
         weight, logits, tap = self.weight.to(wide), self.bias.to(wide), x
         for i in range(self.taps):
             logits = logits + weight[i] * tap.to(wide)
