@@ -175,7 +175,8 @@ class DynamicSite(SpikeSite):
 
     def forward(self, x: Tensor, context: "ForwardContext | None" = None) -> Tensor:
         """`[B, T, width]` -> counts times threshold of the units' potentials, same shape and dtype."""
-        return super().forward(x if context is None else self.potential(x, context), context)
+        # Coded as wide as they are: rounded first, potentials of a bfloat16 model would give other counts.
+        return super().forward(x if context is None else self.potential(x, context), context).to(x.dtype)
 
 
 class ResetFree(Stateful, KeepsDtype):
@@ -198,7 +199,7 @@ class ResetFree(Stateful, KeepsDtype):
         return {"potential": StateSpec((self.width,), torch.float32)}
 
     def forward(self, x: Tensor, context: "ForwardContext") -> Tensor:
-        """`[B, T, width]` -> potentials, same shape and dtype."""
+        """`[B, T, width]` -> potentials of the same shape, float32 or better."""
         wide = wide_dtype(x)
         weight, logits, tap = self.weight.to(wide), self.bias.to(wide), x
         for i in range(self.taps):
@@ -219,7 +220,7 @@ class ResetFree(Stateful, KeepsDtype):
         else:
             potentials, state = scan(inputs, alpha, initial_state=state)
         self.write_state(context, "potential", state)
-        return potentials.to(x.dtype)
+        return potentials
 
 
 NEURONS = {"lif": LIFSite, "plif": PLIFSite, "astrocyte": AstrocyteSite, "dsn": DynamicSite}

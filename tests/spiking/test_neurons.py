@@ -95,6 +95,16 @@ def test_padding_neither_leaks_nor_fires_and_documents_start_at_rest(neuron):
     assert torch.equal(packed[:, 5:], unit(x[:, 5:], context(7)))
 
 
+@pytest.mark.parametrize("neuron", NEURONS)
+@torch.no_grad()
+def test_bfloat16_currents_fire_like_the_same_in_float32(neuron):
+    x, unit = currents(60).bfloat16(), site(neuron)
+    for parameter in unit.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    rounded, exact = unit(x, context(60)), unit(x.float(), context(60))
+    assert rounded.dtype is torch.bfloat16 and torch.equal(rounded, exact.bfloat16())
+
+
 def test_temporal_gradients_can_be_cut():
     x = currents().requires_grad_()
     full = torch.autograd.grad(site("lif")(x, context())[:, -1].sum(), x)[0]
