@@ -131,6 +131,12 @@ def convert_command(
     default=None,
     help="spikegpt: embeddings become 0 or 1, as in training, or stay as they are.  [default: 0 or 1]",
 )
+@click.option(
+    "--egru-drop-internal/--no-egru-drop-internal",
+    default=None,
+    help="evnn-egru-lm: every pass begins without internal states, as in the published benchmark, or carries them on.  "
+    "[default: carries them on]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if a conversion or an import wrote it.")
 def import_command(kind: str, checkpoint: str, out: Path, overwrite: bool, **choices: Any) -> None:
     """Read CHECKPOINT and write a spikelm model folder to OUT.

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from spikelm.validation import validate
+from spikelm.validation import PER_LAYER, validate
 
 # What transformers calls a layer that holds these mixers; its vocabulary is closed.
 _LAYER_TYPES = {
@@ -43,8 +43,8 @@ class SpikeLMConfig(PreTrainedConfig):
             `num_key_value_heads` defaults to the query heads, `head_dim` to `hidden_size // num_attention_heads`.
         mixers: the token mixer of every layer: `attention` (full), `swa` (sliding window), `gla` (gated linear
             attention), `retention`, `window_linear` (softmax over a window, linear attention before it), `delta` (Gated
-            DeltaNet), `rwkv4`, `rwkv7`, `hgrn`, `mingru`, or two side by side as `gla+swa`. One name stands for all
-            layers.
+            DeltaNet), `rwkv4`, `rwkv7`, `hgrn`, `mingru`, `egru`, `egru_stack`, or two side by side as `gla+swa`. One
+            name stands for all layers.
         ffns: the channel mixer of every layer: `gated` (SwiGLU, GeGLU: decided by `hidden_act`), `rwkv` and
             `rwkv7` (squared ReLU behind a token shift), `moe` (a routed mixture of gated ones), `none`.
         pre_norm, post_norm: norm before and after mixer and ffn (`rmsnorm`, `rmsnorm_1p` with weight 1 + w,
@@ -53,6 +53,7 @@ class SpikeLMConfig(PreTrainedConfig):
         residual_dropout: on the residual stream, behind every layer, in training.
         embedding_scale: factor on the token embeddings. embedding_norm: norm of the embeddings. binary_embedding:
             embeddings become 0 or 1 by their sign (SpikeGPT). logit_softcap: `c * tanh(logits / c)` if given.
+        head_bias: whether the language-model head has a bias (zero at first), tied or not.
         rope_parameters: the "global" RoPE, in transformers' form; `local_rope_parameters`: a second one.
         attention_rope: which RoPE a layer that rotates q and k uses: `global`, `local`, `none`.
         attention_window: width w of `swa` and `window_linear`: a query sees w keys, itself included.
@@ -72,6 +73,14 @@ class SpikeLMConfig(PreTrainedConfig):
         rwkv_idle_value_mix: whether a first layer `rwkv7` carries the value mix that nothing reads there, as files of
             the published trainer do.
         event_threshold: initial threshold of the events of `hgrn` and `mingru`; learned per channel.
+        egru_form: `evnn` or `paper`, the two published cells, see `spikelm.kernels.egru`. egru_size: cells H of `egru`,
+            default hidden_size. egru_heads: blocks of its recurrent matrix; 1: a full matrix.
+        egru_stack_sizes: cells of each step of `egru_stack`, e.g. [1350, 1350, 750], the last hidden_size; one list
+            for all layers that use it.
+        egru_zoneout: probability that a cell keeps its state at a token: drawn in training, the mean in evaluation.
+        egru_dampening, egru_support: height and inverse half width of the surrogate gradient.
+        egru_threshold_mean: mean of the initial thresholds, which are learned per cell in [0, 1].
+        egru_drop_internal: parity with EvNN's benchmark: a pass takes over the last events, not the internal states.
         gla_feature_map: `relu`, `sigmoid` or `softplus` on q and k.
         gla_gate: `low_rank` or `dense` (learned, log-sigmoid of two linears or of one), or `tied` (decay 1 - k; needs
             the sigmoid map).
@@ -145,6 +154,7 @@ class SpikeLMConfig(PreTrainedConfig):
     embedding_norm: str = "identity"
     binary_embedding: bool = False
     logit_softcap: float | int | None = None
+    head_bias: bool = False
 
     rope_parameters: dict | None = None
     local_rope_parameters: dict | None = None
@@ -172,6 +182,16 @@ class SpikeLMConfig(PreTrainedConfig):
     rwkv_gate_rank: int | None = None
     rwkv_idle_value_mix: bool = False
     event_threshold: float | int | list[float | int] = 0.0
+
+    egru_form: str | list[str] = "evnn"
+    egru_heads: int | list[int] = 1
+    egru_size: int | list[int | None] | None = None
+    egru_stack_sizes: list[int] | None = None
+    egru_zoneout: float | int | list[float | int] = 0.0
+    egru_dampening: float | int = 0.7
+    egru_support: float | int = 1.0
+    egru_threshold_mean: float | int | list[float | int] = 0.3
+    egru_drop_internal: bool = False
 
     gla_feature_map: str | list[str] = "relu"
     gla_gate: str | list[str] = "low_rank"
@@ -224,9 +244,12 @@ class SpikeLMConfig(PreTrainedConfig):
         return self.num_attention_heads, self.num_key_value_heads, self.head_dim
 
     def at(self, field: str, layer_idx: int) -> Any:
-        """The value of `field` in layer `layer_idx`: the field itself, or its entry if it is a list per layer."""
+        """The value of `field` in layer `layer_idx`: the field itself, or its entry if it is a list per layer.
+
+        A list that is one value for all layers, such as `egru_stack_sizes`, comes back whole.
+        """
         value = getattr(self, field)
-        return value[layer_idx] if isinstance(value, list) else value
+        return value[layer_idx] if field in PER_LAYER and isinstance(value, list) else value
 
     def sites_at(self, layer_idx: int) -> tuple[str, ...]:
         """The spike sites of layer `layer_idx`."""

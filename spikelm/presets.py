@@ -8,6 +8,7 @@ A preset is one entry of `PRESETS`, the fields of `SpikeLMConfig` that differ fr
 - RWKV-7: arXiv 2503.14456, and its released trainer; `rwkv7-0.1b` has the sizes of the smallest "World" release.
 - AstroSNN: the equations of arXiv 2312.07625 are not public. `astrosnn-small` is our formulation, SpikeGPT with the
   astrocyte units of `spikelm.spiking.neurons`, in the sizes of `spikegpt-46m` so that the two compare.
+- EGRU: arXiv 2206.06178, and EvNN's recipes for Penn Treebank and WikiText-2.
 """
 
 import copy
@@ -110,6 +111,25 @@ _SPIKINGBRAIN_76B = _SPIKINGBRAIN_7B | {
     "moe_top_k": 1,
     "attention_window_off_by_one": False,
 }
+# EvNN's language models: one stack of event-based GRUs between a tied embedding and head, and nothing else.
+_EGRU_PTB: dict[str, Any] = {
+    "vocab_size": 10_000,
+    "hidden_size": 750,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "mixers": "egru_stack",
+    "ffns": "none",
+    "residual": False,
+    "pre_norm": "identity",
+    "final_norm": "identity",
+    "tie_word_embeddings": True,
+    "head_bias": True,
+    "initializer_range": 0.0577,  # the published embeddings are uniform in +-0.1: the same standard deviation
+    "egru_stack_sizes": [1350, 1350, 750],
+    "egru_dampening": 3.6,
+    "egru_support": 3.6,
+    "egru_threshold_mean": 0.01,
+}
 
 RWKV7: dict[str, Any] = {
     "head_dim": 64,
@@ -149,6 +169,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rwkv7-0.1b": _RWKV7_01B,
     "rwkv7-tiny": _RWKV7_TINY,  # for tests and first steps
     "astrosnn-small": _SPIKEGPT_46M | {"spike_neuron": "astrocyte"},
+    "egru-ptb": _EGRU_PTB,
+    "egru-wt2": _EGRU_PTB | {"vocab_size": 33_278},
 }
 
 

@@ -22,15 +22,17 @@ GATES = ("low_rank", "dense", "tied")
 FFNS = ("gated", "moe", "rwkv", "rwkv7", "none")
 # These mix heads between shared q, k, v, o projections.
 HEAD_MIXERS = ("attention", "swa", "gla", "retention", "window_linear", "delta")
-MIXERS = (*HEAD_MIXERS, "rwkv4", "rwkv7", "hgrn", "mingru")
+MIXERS = (*HEAD_MIXERS, "rwkv4", "rwkv7", "hgrn", "mingru", "egru", "egru_stack")
 ROTATED = frozenset({"attention", "swa", "retention", "window_linear"})
+EGRU_FORMS = ("evnn", "paper")
 
 # Fields that may be a list with one value for each layer.
 PER_LAYER = (
     "intermediate_size", "mixers", "ffns", "pre_norm", "post_norm", "residual", "attention_rope", "attention_window",
     "attention_sinks", "attention_bias", "attention_output_bias", "attention_qk_norm", "parallel_shared_projections",
     "ffn_bias", "gla_feature_map", "gla_gate", "gla_gate_rank", "gla_gate_bias", "spike_k", "spike_dead_zone",
-    "spike_neuron", "event_threshold", "window_linear_feature_map",
+    "spike_neuron", "event_threshold", "window_linear_feature_map", "egru_form", "egru_heads", "egru_size",
+    "egru_zoneout", "egru_threshold_mean",
 )  # fmt: skip
 
 
@@ -155,12 +157,44 @@ def _window_linear(config: "SpikeLMConfig", i: int, where: str) -> None:
         )
 
 
+def _egru(config: "SpikeLMConfig", i: int, where: str) -> None:
+    choice("egru_form", config.at("egru_form", i), EGRU_FORMS, where)
+    heads, width = config.at("egru_heads", i), config.at("egru_size", i)
+    width = config.hidden_size if width is None else width
+    positive("egru_heads", heads, where)
+    positive("egru_size", width, where)
+    if width % heads:
+        raise ValueError(f"egru_heads{where} ({heads}) must divide the {width} cells (egru_size, or hidden_size).")
+    _egru_cell(config, i, where)
+
+
+def _egru_stack(config: "SpikeLMConfig", i: int, where: str) -> None:
+    sizes = config.egru_stack_sizes
+    if not sizes or min(sizes) < 1 or sizes[-1] != config.hidden_size:
+        raise ValueError(
+            f"egru_stack_sizes must list how many cells each step of 'egru_stack' has, the last hidden_size "
+            f"({config.hidden_size}); got {sizes!r}."
+        )
+    _egru_cell(config, i, where)
+
+
+def _egru_cell(config: "SpikeLMConfig", i: int, where: str) -> None:
+    share("egru_zoneout", config.at("egru_zoneout", i), where)
+    positive("egru_dampening", config.egru_dampening)
+    positive("egru_support", config.egru_support)
+    mean = config.at("egru_threshold_mean", i)
+    positive("egru_threshold_mean", mean, where)
+    share("egru_threshold_mean", mean, where)
+
+
 CHECKS: dict[str, Callable[["SpikeLMConfig", int, str], None]] = {
     "swa": _swa,
     "gla": _gla,
     "window_linear": _window_linear,
     "rwkv7": _rwkv7,
     "moe": _moe,
+    "egru": _egru,
+    "egru_stack": _egru_stack,
 }
 
 

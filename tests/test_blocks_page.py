@@ -24,7 +24,7 @@ def rows(title):
 
 def states(title, name):
     if title == "Token mixers":
-        block = SpikeLMForCausalLM(small_config(mixers=name)).model.layers[1].mixer
+        block = SpikeLMForCausalLM(small_config(mixers=name, egru_stack_sizes=[32])).model.layers[1].mixer
     elif title == "Channel mixers":
         block = SpikeLMForCausalLM(small_config(ffns=name)).model.layers[1].ffn
     else:

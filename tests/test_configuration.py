@@ -28,6 +28,11 @@ def test_a_field_is_one_value_or_one_per_layer():
     assert config.is_spiking and not small_config().is_spiking
 
 
+def test_a_list_that_is_one_value_for_all_layers_comes_back_whole():
+    config = small_config(mixers="egru_stack", egru_stack_sizes=[8, 16, 32])
+    assert [config.at("egru_stack_sizes", i) for i in range(3)] == [[8, 16, 32]] * 3
+
+
 @pytest.mark.parametrize("field", PER_LAYER)
 def test_lists_must_cover_all_layers(field):
     value = getattr(small_config(), field)
@@ -44,7 +49,7 @@ PLIF = {"spike_sites": ["o"], "spike_neuron": "plif", "spike_code": "binary"}
     [
         (
             {"mixers": "mamba"},
-            "mixers of layer 0 must be one of attention, swa, gla, retention, .*, mingru; got 'mamba'",
+            "mixers of layer 0 must be one of attention, swa, gla, retention, .*, egru_stack; got 'mamba'",
         ),
         ({"mixers": "gla+gla"}, "two different ones"),
         ({"mixers": "attention+swa"}, "side by side"),
@@ -66,6 +71,15 @@ PLIF = {"spike_sites": ["o"], "spike_neuron": "plif", "spike_code": "binary"}
         ({"residual_dropout": 1.0}, "residual_dropout must be at least 0 and below 1"),
         ({"spike_sites": ["o"], "spike_neuron": "izhikevich"}, "spike_neuron of layer 0 must be one of none, lif"),
         ({"spike_sites": ["o"], "spike_neuron": "lif"}, "set spike_code to 'binary' or 'ternary'"),
+        ({"mixers": "egru", "egru_form": "lstm"}, "egru_form of layer 0 must be one of evnn, paper"),
+        ({"mixers": "egru", "egru_heads": 5}, r"egru_heads of layer 0 \(5\) must divide the 32 cells"),
+        ({"mixers": "egru", "egru_size": 0}, "egru_size of layer 0 must be a positive number"),
+        ({"mixers": "egru", "egru_zoneout": 1.0}, "egru_zoneout of layer 0 must be at least 0 and below 1"),
+        ({"mixers": "egru", "egru_support": 0}, "egru_support must be a positive number"),
+        ({"mixers": "egru", "egru_threshold_mean": 0.0}, "egru_threshold_mean of layer 0 must be a positive number"),
+        ({"mixers": "egru", "egru_threshold_mean": 1.0}, "egru_threshold_mean of layer 0 must be at least 0 and below"),
+        ({"mixers": "egru_stack"}, r"the last hidden_size \(32\); got None"),
+        ({"mixers": "egru_stack", "egru_stack_sizes": [32, 24]}, r"the last hidden_size \(32\); got \[32, 24\]"),
         ({**PLIF, "neuron_decay": 0.0}, "for a learned decay above 0"),
         ({**PLIF, "neuron_temporal_grad": "truncated"}, "neuron_grad_window must be given"),
     ],

@@ -132,7 +132,8 @@ def test_eager_equals_sdpa(pattern, ids):
 
 
 def test_memory_of_linear_and_window_layers_is_constant():
-    for name in ("swa", "swa-sinks", "gla", "gla+swa", "gla+swa-apart", "window_linear", "delta", "delta+swa"):
+    linear = ("gla", "gla+swa", "gla+swa-apart", "window_linear", "delta", "delta+swa", "egru", "egru-stack")
+    for name in ("swa", "swa-sinks", *linear):
         model = small_model(**PATTERNS[name])
         sizes = []
         for length in (16, 64):

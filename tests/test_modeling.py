@@ -138,6 +138,7 @@ def test_activation_checkpointing_gives_the_same_gradients(pattern, sites, ids):
     model = small_model(spike_sites=sites, **pattern).train()
 
     def gradients():
+        torch.manual_seed(0)  # the same zoneout both times; within one, recomputation must draw it again
         model.zero_grad()
         loss = model(ids, labels=ids).loss
         loss.backward()
@@ -173,6 +174,17 @@ def test_loss_is_token_mean_and_logits_can_be_limited(ids):
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     assert out.loss.item() == pytest.approx(expected.item(), abs=1e-6)
     assert torch.allclose(model(ids, logits_to_keep=2).logits, out.logits[:, -2:], atol=1e-12)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_may_have_a_bias_that_starts_at_zero(tied, ids):
+    model = SpikeLMForCausalLM(small_config(head_bias=True, tie_word_embeddings=tied)).eval()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert not model.lm_head.bias.any() and SpikeLMForCausalLM(small_config()).lm_head.bias is None
+    before = model(ids).logits
+    bias = torch.randn(97)
+    model.lm_head.bias.data.copy_(bias)
+    assert torch.allclose(model(ids).logits - before, bias.expand(2, 9, -1), atol=1e-5)
 
 
 def test_hidden_states_and_attentions_are_recorded(ids):

@@ -17,6 +17,8 @@ PARAMETERS = {
     "astrosnn-small": 47_173_632 + 12 * 2 * 5 * 512,  # five values for each unit, at two sites of each layer
     "rwkv7-0.1b": 191_034_624,  # 191,084,544 in a file that holds the idle value mix of the first layer
     "rwkv7-tiny": 777_728,
+    "egru-ptb": 31_699_150,  # published: 31.70 M, the tied embedding counted once
+    "egru-wt2": 49_180_928,  # published: 49.18 M
 }
 
 
@@ -33,6 +35,17 @@ def test_parameters_are_as_many_as_published(name):
 def test_dense_gates_are_all_that_w8aspike_adds():
     more = PARAMETERS["spikingbrain-7b-w8aspike"] - PARAMETERS["spikingbrain-7b"]
     assert more == 14 * (512 * 3584 - 16 * 3584 - 512 * 16)
+
+
+@pytest.mark.parametrize(("name", "vocabulary"), [("egru-ptb", 10_000), ("egru-wt2", 33_278)])
+def test_parameters_of_egru_by_part(name, vocabulary):
+    """Published for Penn Treebank: 24.19 M without the embedding. A cell: 3H (inputs + H) + 6H + H."""
+    parts = {path: tensor.numel() for path, tensor in meta(name).state_dict().items()}
+    twice, embedding = sum(parts.values()), 750 * vocabulary
+    cells = sum(3 * h * (inputs + h) + 7 * h for inputs, h in ((750, 1350), (1350, 1350), (1350, 750)))
+    assert cells == sum(n for path, n in parts.items() if path.startswith("model.layers.")) == 24_189_150
+    assert PARAMETERS[name] == cells + embedding + vocabulary and twice == PARAMETERS[name] + embedding
+    assert parts["lm_head.bias"] == vocabulary and parts["lm_head.weight"] == embedding
 
 
 def test_layers_of_spikingbrain_alternate():

@@ -197,7 +197,7 @@ def _check_choices(published: Kind, choices: Mapping[str, Any]) -> None:
 def _tensors(published: Kind, source: Path, progress: bool) -> dict[str, Tensor]:
     if not source.is_dir():
         return read_weight_file(source)
-    pickles = sorted(source.glob("*.pth")) if published.file is not None else []
+    pickles = sorted(source.glob(f"*{Path(published.file).suffix}")) if published.file is not None else []
     if len(pickles) > 1:
         names = listed([path.name for path in pickles])
         raise ValueError(f"{source} holds {len(pickles)} checkpoints: {names}. Name one of them.")

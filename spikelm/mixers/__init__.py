@@ -6,6 +6,7 @@ from torch import nn
 
 from spikelm.mixers.attention import SoftmaxCore
 from spikelm.mixers.delta import DeltaCore
+from spikelm.mixers.egru import EGRU, EGRUStack
 from spikelm.mixers.gla import GatedLinearCore
 from spikelm.mixers.heads import HeadMixer, ParallelMixer
 from spikelm.mixers.retention import RetentionCore
@@ -27,7 +28,7 @@ CORES = {
     "delta": DeltaCore,
 }
 # Mixers with projections of their own kind.
-MIXERS = {"rwkv4": RWKV4, "rwkv7": RWKV7, "hgrn": HGRN, "mingru": MinGRU}
+MIXERS = {"rwkv4": RWKV4, "rwkv7": RWKV7, "hgrn": HGRN, "mingru": MinGRU, "egru": EGRU, "egru_stack": EGRUStack}
 
 
 def make_mixer(config: "SpikeLMConfig", layer_idx: int) -> nn.Module:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from spikelm.initial import fill
+from spikelm.initial import Initial, fill
 from spikelm.kernels.lif import lif
 from spikelm.spiking.site import Site
 
@@ -19,15 +19,35 @@ if TYPE_CHECKING:
     from spikelm.context import ForwardContext
 
 
-class Events(Site):
-    """`[B, T, width]` states -> events of the same shape; one learned threshold per channel, float32."""
+class EventSite(Site):
+    """Graded events `[B, T, width]`, counted and handed on; their thresholds, learned, per channel, float32.
+
+    Args:
+        threshold: initial value, a number or a function (see `spikelm.initial`).
+        recurrent_reads: weights of a recurrent matrix that one event is multiplied with.
+    """
 
     graded = True
 
-    def __init__(self, layer_idx: int, width: int, threshold: float):
+    def __init__(self, layer_idx: int, width: int, threshold: Initial, recurrent_reads: int = 0):
         super().__init__(layer_idx, "events", width)
+        self.recurrent_reads = recurrent_reads
         self.thresholds = nn.Parameter(torch.empty(width, dtype=torch.float32))
-        self.initial = {"thresholds": float(threshold)}
+        self.initial = {"thresholds": threshold}
+
+    def forward(self, events: Tensor, context: "ForwardContext | None" = None) -> Tensor:
+        """Show observers which are not zero."""
+        if self.observers:
+            counts = (events != 0).float()
+            self._show(counts, torch.ones_like(counts[..., :1]), context)
+        return events
+
+
+class Events(EventSite):
+    """`[B, T, width]` states -> events of the same shape."""
+
+    def __init__(self, layer_idx: int, width: int, threshold: float):
+        super().__init__(layer_idx, width, float(threshold))
         fill(self)
 
     def forward(self, state: Tensor, context: "ForwardContext | None" = None) -> Tensor:
@@ -42,8 +62,4 @@ class Events(Site):
             surrogate="triangle",
             temporal_grad="none",
         )[0]
-        if self.observers:
-            with torch.no_grad():
-                events = (state * speaks != 0).to(speaks.dtype)
-                self._show(events, torch.ones_like(events[..., :1]), context)
-        return state * speaks
+        return super().forward(state * speaks, context)

@@ -170,12 +170,12 @@ class SpikeGroup:
 def spike_groups(model: nn.Module) -> Iterator[SpikeGroup]:
     """All spike sites of a model with their readers, in layer order.
 
-    A module that owns sites says which linears read them: `site_readers = {"o_site": ("o_proj",)}`, names relative
-    to itself (dots allowed).
+    A module that owns sites says which linears read them: `site_readers = {"o_site": ("o_proj",)}`, names of both
+    relative to itself (dots allowed).
     """
     for path, module in model.named_modules():
         for site_name, readers in getattr(module, "site_readers", {}).items():
-            site = getattr(module, site_name)
+            site = module.get_submodule(site_name)
             if isinstance(site, Site):
                 linears = {name: module.get_submodule(name) for name in readers}
                 yield SpikeGroup(f"{path}.{site_name}", site, linears)  # type: ignore[arg-type]

@@ -184,5 +184,9 @@ class SpikeStatistics:
 
 
 def _weights_per_token(model: nn.Module) -> int:
-    """Weights that one token reads in linears, the head included (an embedding row is a copy, not a product)."""
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    """Weights that one token reads: of linears, head included, and of recurrent matrices behind sites.
+
+    An embedding row is a copy, not a product.
+    """
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return linears + sum(m.width * m.recurrent_reads for m in model.modules() if isinstance(m, Site))

@@ -57,8 +57,8 @@ class Kind:
             defaults, an import may choose otherwise, an export accepts any value.
         unstated: fields that the format does not state and that change nothing in what its models compute; an export
             accepts any value.
-        file: for kinds that are one pickled file (`.pth`) without config.json, what an export calls it; None: exports
-            are safetensors with config.json.
+        file: for kinds that are one pickled file without config.json, what an export calls it (a folder holds one file
+            of its suffix); None: exports are safetensors with config.json.
     """
 
     name: str
