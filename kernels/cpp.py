@@ -42,7 +42,7 @@ def library(name: str) -> ctypes.CDLL | None:
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 built.replace(target)  # at once, so that no other process loads half a file
         return ctypes.CDLL(str(target))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: a user without a home
         reason = getattr(error, "stderr", None) or error
         warnings.warn(f"{source.name} could not be compiled; torch is used, which is slower: {reason}", stacklevel=2)
         return None

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -376,7 +377,10 @@ void run(const Problem &p, int64_t threads, Task task) {
         for (int64_t i; (i = next++) < p.heads * p.groups;) task(i % p.heads, i / p.heads);
     };
     std::vector<std::thread> others;
-    for (int64_t i = 1; i < std::min(threads, p.heads * p.groups); i++) others.emplace_back(work);
+    try {
+        for (int64_t i = 1; i < std::min(threads, p.heads * p.groups); i++) others.emplace_back(work);
+    } catch (const std::system_error &) {  // no more threads to be had: those that there are do the work
+    }
     work();
     for (auto &other : others) other.join();
 }

@@ -25,6 +25,18 @@ def test_a_compiler_that_fails_is_told(monkeypatch):
         assert cpp.library("egru") is None
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no home"), PermissionError("read only")], ids=["none", "read-only"])
+def test_a_home_that_keeps_nothing_is_told(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setenv("CXX", "true")  # a compiler is there
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(cpp.Path, "home" if isinstance(error, RuntimeError) else "mkdir", fail)
+    with pytest.warns(UserWarning, match=str(error)):
+        assert cpp.library("egru") is None
+
+
 def test_it_is_compiled_once(tmp_path):
     if cpp.library("egru") is None:
         pytest.skip("needs a C++ compiler")
