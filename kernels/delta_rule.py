@@ -25,6 +25,7 @@ from spikelm.kernels.runtime import (
     sequence_bounds,
     use_triton,
     wide_dtype,
+    without_autocast,
 )
 
 
@@ -116,6 +117,7 @@ def generalized_delta_rule(
     return delta_rule(r, k, v, w, a.masked_fill(w < GATE_FLOOR, 0.0), b, initial_state, cu_seqlens, float(scale))
 
 
+@without_autocast
 def gated_delta_rule_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -141,6 +143,7 @@ def gated_delta_rule_step(
     return _read(q, state, q.shape[-1] ** -0.5 if scale is None else scale), state
 
 
+@without_autocast
 def generalized_delta_rule_step(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -263,6 +266,7 @@ def _check(
 
 
 @torch.library.custom_op("spikelm::delta_rule", mutates_args=())
+@without_autocast
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -291,6 +295,7 @@ def _(q, k, v, g, a, b, initial_state, cu_seqlens, scale):
 
 
 @torch.library.custom_op("spikelm::delta_rule_backward", mutates_args=())
+@without_autocast
 def delta_rule_backward(
     do: Tensor | None,
     dfinal: Tensor | None,

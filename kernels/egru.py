@@ -38,7 +38,15 @@ import torch
 from torch import Tensor
 
 from spikelm.kernels import egru_cpp, egru_torch
-from spikelm.kernels.runtime import check_cu_seqlens, check_floating, contiguous, expect, use_triton, wide_dtype
+from spikelm.kernels.runtime import (
+    check_cu_seqlens,
+    check_floating,
+    contiguous,
+    expect,
+    use_triton,
+    wide_dtype,
+    without_autocast,
+)
 from spikelm.kernels.segments import find_segments
 
 FORMS = ("evnn", "paper")
@@ -96,6 +104,7 @@ def egru(
 
 
 @torch.no_grad()
+@without_autocast
 def egru_step(
     a: Tensor,
     weight: Tensor,
@@ -177,6 +186,7 @@ def _check_sequences(a, initial_state, valid, reset_mask, cu_seqlens) -> None:
 
 
 @torch.library.custom_op("spikelm::event_gru", mutates_args=())
+@without_autocast
 def event_gru(
     a: Tensor,
     weight: Tensor,
@@ -230,6 +240,7 @@ def _(
 
 
 @torch.library.custom_op("spikelm::event_gru_backward", mutates_args=())
+@without_autocast
 def event_gru_backward(
     dy: Tensor | None,
     dfinal: Tensor | None,

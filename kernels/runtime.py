@@ -6,11 +6,15 @@ import when `use_triton` says that they will run. The Triton side of this file i
 
 import importlib.util
 import os
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from itertools import pairwise
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton reads the switch when a kernel is defined, so it holds for the whole process.
@@ -36,6 +40,18 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that sums and states have: float64 if any tensor is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def without_autocast(function: Function) -> Function:
+    """`function` with the dtypes that it chooses: autocast reaches into an op and would narrow its inner products."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return cast(Function, run)
 
 
 def expect(condition: bool, op: str, argument: str, expected: str, got: object, remedy: str) -> None:

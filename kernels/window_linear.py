@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from spikelm.kernels import window_linear_torch
-from spikelm.kernels.runtime import contiguous, sequence_bounds, use_triton, wide_dtype
+from spikelm.kernels.runtime import contiguous, sequence_bounds, use_triton, wide_dtype, without_autocast
 from spikelm.kernels.window_linear_state import (
     EPSILON,
     WindowState,
@@ -107,6 +107,7 @@ def window_linear(
     return o[0, stream.place].view(*q.shape[:3], v.shape[-1]), final
 
 
+@without_autocast
 def window_linear_step(
     q: Tensor,
     k: Tensor,
@@ -159,6 +160,7 @@ def window_linear_step(
 
 
 @torch.library.custom_op("spikelm::window_linear", mutates_args=())
+@without_autocast
 def windowed_linear(
     q: Tensor,
     k: Tensor,
@@ -204,6 +206,7 @@ def _(q, k, v, fq, fk, gamma, sums, norm, cu_seqlens, reset, window, scale):
 
 
 @torch.library.custom_op("spikelm::window_linear_backward", mutates_args=())
+@without_autocast
 def windowed_linear_backward(
     do: Tensor | None,
     dsums: Tensor | None,

@@ -168,24 +168,27 @@ class Parts(NamedTuple):
         """States of the sequences [N, *shape], or None for zeros -> of the parts when they begin, [P, *shape]."""
         if x is None:
             return torch.zeros(len(self.source), *shape, dtype=wide, device=device)
-        source = torch.tensor(self.source, device=device)
+        source = torch.tensor(self.source, dtype=torch.int64, device=device)
         known = (source >= 0).view(-1, *(1 for _ in shape))
         return x.to(wide)[source.clamp_min(0)].masked_fill_(~known, 0.0)
 
     def leave(self, x: Tensor) -> Tensor:
         """States of the parts at their ends, [P, ...] -> of the sequences [N, ...]."""
-        return x if len(self.last) == len(self.source) else x[torch.tensor(self.last, device=x.device)]
+        return (
+            x if len(self.last) == len(self.source) else x[torch.tensor(self.last, dtype=torch.int64, device=x.device)]
+        )
 
     def enter_back(self, x: Tensor | None, shape: tuple[int, ...], wide: torch.dtype, device: torch.device) -> Tensor:
         """Backward of `leave`, from gradients in any layout or None."""
         grads = torch.zeros(len(self.source), *shape, dtype=wide, device=device)
-        return grads if x is None else grads.index_copy_(0, torch.tensor(self.last, device=device), x.to(wide))
+        last = torch.tensor(self.last, dtype=torch.int64, device=device)
+        return grads if x is None else grads.index_copy_(0, last, x.to(wide))
 
     def leave_back(self, x: Tensor) -> Tensor:
         """Backward of `enter`: [P, ...] -> [N, ...]."""
-        first = [0, *(part + 1 for part in self.last[:-1])]
-        known = torch.tensor([self.source[part] >= 0 for part in first], device=x.device)
-        first = torch.tensor(first, device=x.device)
+        first = [0, *(part + 1 for part in self.last)][:-1]
+        known = torch.tensor([self.source[part] >= 0 for part in first], dtype=torch.bool, device=x.device)
+        first = torch.tensor(first, dtype=torch.int64, device=x.device)
         return x[first].masked_fill_(~known.view(-1, *(1 for _ in x.shape[1:])), 0.0)
 
 

@@ -57,6 +57,7 @@ CASES = [
     Case(26, 1, 1, 1, 36, 16, "resets", bounds=(0, 7, 7, 8, 26), tiny=True),
     Case(100, 1, 2, 2, 20, 12, bounds=(0, 0, 64, 65, 100)),
     Case(0, 2, 1, 1, 4, 4, tiny=True),
+    Case(5, 0, 1, 1, 4, 4),
     Case(0, 1, 1, 1, 4, 4, bounds=(0, 0, 0)),
     Case(37, 1, 1, 1, 20, 12, "resets", dtype=torch.bfloat16, tiny=True),
     Case(20, 1, 1, 1, 20, 12, "resets", dtype=torch.float16, tiny=True),
@@ -342,6 +343,17 @@ def test_torch_compile_without_a_graph_break(form, bounds):
     compiled = torch.compile(form.op, fullgraph=True, backend="aot_eager")
     got, expected = (results(function, leaves, cu_seqlens, upstream) for function in (compiled, form.op))
     assert all(torch.equal(x, y) for x, y in zip(got, expected))
+
+
+@forms
+def test_autocast_leaves_the_arithmetic_as_it_is(form):
+    problems = [problem(form, Case(20, 1, 2, 2, 4, 4), "cpu") for _ in range(2)]
+    plain = results(form.op, *problems[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = results(form.op, *problems[1])
+        step = form.step(*(x[:, 0] for x in problems[1][0][:-1]), problems[1][0][-1])
+    assert all(torch.equal(x, y) for x, y in zip(cast, plain))
+    assert_close("step", step[0], plain[0][:, 0], 2e-6)
 
 
 @forms

@@ -24,6 +24,7 @@ SHAPES = {
     "rows": (19, 7, 1, 8, ()),
     "packed": (1, 40, 2, 5, (0, 0, 7, 7, 8, 40, 40)),
     "empty": (2, 0, 2, 4, ()),
+    "no-rows": (0, 5, 2, 4, ()),
     "empty-packed": (1, 0, 1, 4, (0, 0)),
 }
 NAMES = ("y", "state", "da", "dweight", "dthreshold", "dstate", "dbias")
@@ -47,7 +48,7 @@ def distances(monkeypatch):
     least, apply = [], egru_reference.Event.apply
 
     def record(v, *shape):
-        least.append(v.detach().abs().min().item())
+        least.extend(v.detach().abs().flatten(1).amin(1).tolist())
         return apply(v, *shape)
 
     monkeypatch.setattr(egru_reference.Event, "apply", record)
@@ -121,6 +122,7 @@ def compare(ratio, *arguments, distances, **choices):
         ("packed", "mask", True),
         ("packed", 0.3, False),
         ("empty", None, True),
+        ("no-rows", None, False),
         ("empty-packed", None, False),
     ],
 )
@@ -360,6 +362,19 @@ def test_layout_in_memory_does_not_matter(device, form):
     crooked = [x.detach().mT.contiguous().mT if x.ndim > 1 else x.detach() for x in leaves]
     turned = [x.requires_grad_() for x in crooked], kwargs, [x.mT.contiguous().mT for x in upstream]
     assert all(torch.equal(x, y) for x, y in zip(run(egru, leaves, kwargs, upstream), run(egru, *turned)))
+
+
+@paths
+@forms
+def test_autocast_leaves_the_arithmetic_as_it_is(device, form):
+    leaves, kwargs, upstream = problem("T15", form, device)
+    options = {"form": form, "bias": leaves[4] if form == "evnn" else None}
+    plain = run(egru, leaves, kwargs, upstream)
+    step = egru_step(leaves[0][:, 0], *leaves[1:4], **options)
+    with torch.autocast(place(device).type, dtype=torch.bfloat16):
+        cast = run(egru, leaves, kwargs, upstream)
+        cast_step = egru_step(leaves[0][:, 0], *leaves[1:4], **options)
+    assert all(torch.equal(x, y) for x, y in zip((*cast, *cast_step), (*plain, *step)))
 
 
 @pytest.mark.parametrize("device", ["cpp"], indirect=True)

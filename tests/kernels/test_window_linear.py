@@ -139,8 +139,6 @@ def run(op, case, device, dtype=None, uses=("o", *FLOATS)):
     leaves, others, upstream = case.tensors(device, dtype)
     o, state = op(*leaves[:6], initial_state=case.state(leaves), **others)
     results = {"o": o, **state._asdict()}
-    if others["valid"] is not None:
-        results["o"] = o * others["valid"][:, :, None, None]
     chosen = [i for i, name in enumerate(("o", *FLOATS)) if name in uses and results[name].requires_grad]
     outputs = [results[("o", *FLOATS)[i]] for i in chosen]
     grads = torch.autograd.grad(outputs, leaves, [upstream[i] for i in chosen], materialize_grads=True)
@@ -343,7 +341,7 @@ def test_padding_changes_nothing(device, padding):
         for x in leaves[:3]:
             x[~valid] = 1e30
     o, final = window_linear(*leaves[:6], initial_state=state, **others)
-    assert o.isfinite().all()
+    assert o[valid].isfinite().all() and (o[~valid] == 0).all()
     for row in range(2):
         alone = [x[row : row + 1, valid[row]] for x in leaves[:5]]
         before = WindowState(*(x[row : row + 1] for x in state))
@@ -387,6 +385,28 @@ def test_layout_in_memory_does_not_matter(device):
         torch.autograd.grad(straight.sum(), leaves[0], retain_graph=True)[0],
         torch.autograd.grad(straight, leaves[0], ones)[0],
     )
+
+
+def test_autocast_leaves_the_arithmetic_as_it_is():
+    case = Case(20, 1, lengths=(5,))
+    plain = run(window_linear, case, "cpu")
+    leaves = case.tensors("cpu")[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = run(window_linear, case, "cpu")
+        step = window_linear_step(*(x[:, 0] for x in leaves[:5]), leaves[5], case.state(leaves))
+    assert all(torch.equal(cast[name], plain[name]) for name in plain)
+    assert_close("step", step[0], plain["o"][:, 0], 2e-6)
+
+
+@pytest.mark.parametrize("lengths", [None, ()], ids=["new", "state"])
+def test_a_batch_of_nothing(lengths):
+    case = Case(5, 0, lengths=lengths)
+    leaves, others, _ = case.tensors("cpu")
+    state = None if lengths is None else empty_state(*leaves[1:3], leaves[4], 0, 7)
+    o, final = window_linear(*leaves[:6], initial_state=state, **others)
+    assert o.shape == (0, 5, 2, 20) and final.sums.shape == (0, 2, 9, 20)
+    grads = torch.autograd.grad(o.sum() + final.sums.sum(), leaves[:6], materialize_grads=True)
+    assert [x.shape for x in grads] == [x.shape for x in leaves[:6]] and not grads[5].any()
 
 
 def test_runs_are_alike():

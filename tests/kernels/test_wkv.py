@@ -16,6 +16,7 @@ SHAPES = {
     "packed": (1, 40, 33, (0, 0, 6, 6, 7, 40)),
     "packed-tiny": (1, 9, 5, (0, 0, 4, 9)),
     "empty": (2, 0, 4, ()),
+    "no-rows": (0, 5, 4, ()),
     "empty-packed": (1, 0, 4, (0, 0)),
 }
 NAMES = ("y", "state", "dk", "dv", "dw", "du", "dstate")
