@@ -336,9 +336,10 @@ def _check_expressible(
     try:
         theirs, ours = _meaning(_config(published, raw, tensors, chosen)), _meaning(blank.config)
     except ValueError as error:
-        if not (absent := [name for rule in rules for name in rule.ours if name not in expected]):
-            raise
-        raise ValueError(f"{source} cannot be written as {published.name}; it lacks {listed(absent)}.") from error
+        absent = [name for rule in rules for name in rule.ours if name not in expected]
+        # The cause is what a checkpoint would be refused for; here it speaks of the model.
+        why = f"it lacks {listed(absent)}." if absent else reason(error.__cause__ or error)
+        raise ValueError(f"{source} cannot be written as {published.name}; {why}") from error
     differing = sorted(field for field in set(ours) - published.unstated if ours[field] != theirs.get(field))
     if differing:
         shown = [f"{field} ({_brief(ours[field])}, the format has {_brief(theirs.get(field))})" for field in differing]

@@ -202,13 +202,15 @@ def test_models_that_the_format_cannot_express(tmp_path):
     import_checkpoint("rwkv7", tmp_path / "back", tmp_path / "again", progress=False)
     first, again = (SpikeLMForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("model", "again"))
     assert set(first) == set(again) and all(torch.equal(first[name], again[name]) for name in first)
-    for changes, said in (
-        ({"spike_sites": ["qkv"]}, "spike_sites"),
-        ({"head_dim": 32, "num_attention_heads": 4}, "32"),
+    for i, (changes, said) in enumerate(
+        (
+            ({"spike_sites": ["qkv"]}, "spike_sites"),
+            ({"head_dim": 32, "num_attention_heads": 4}, "as rwkv7; its heads (blocks.0.att.r_k) are 32 wide"),
+        )
     ):
         spiking = type(config)(**presets.PRESETS["rwkv7-tiny"] | changes)
-        SpikeLMForCausalLM(spiking).save_pretrained(tmp_path / said)
-        assert said in refused("rwkv7", tmp_path / said, tmp_path, do=export_checkpoint)
+        SpikeLMForCausalLM(spiking).save_pretrained(tmp_path / str(i))
+        assert said in refused("rwkv7", tmp_path / str(i), tmp_path, do=export_checkpoint)
 
 
 def test_release_has_the_published_number_of_values():
