@@ -109,7 +109,10 @@ class LIFSite(Stateful, Site):
 
 
 class PLIFSite(LIFSite):
-    """LIF with a learned decay (through a sigmoid) and threshold for every unit."""
+    """LIF with a learned decay (through a sigmoid) and threshold for every unit.
+
+    A threshold is the magnitude of its parameter: at zero or below a unit would fire at rest, without any input.
+    """
 
     def __init__(self, config: "SpikeLMConfig", layer_idx: int, name: str, width: int):
         super().__init__(config, layer_idx, name, width)
@@ -120,7 +123,7 @@ class PLIFSite(LIFSite):
 
     def parameters_of_units(self) -> tuple[Tensor | float, Tensor | float, Astrocyte | None]:
         """Decay and threshold `[units]`."""
-        return torch.sigmoid(self.decay_logit), self.thresholds, None
+        return torch.sigmoid(self.decay_logit), self.thresholds.abs(), None
 
 
 class AstrocyteSite(LIFSite):

@@ -55,6 +55,14 @@ def test_plif_starts_as_lif_and_learns_decay_and_threshold():
     assert unit.decay_logit.grad.all() and unit.thresholds.grad.all() and x.grad.isfinite().all()
 
 
+def test_plif_thresholds_that_learning_takes_below_zero_stay_thresholds():
+    x, unit = currents(), site("plif")
+    with torch.no_grad():
+        unit.thresholds.fill_(-0.4)
+    assert torch.equal(unit(x, context()), loop(x, 0.5, 0.4))
+    assert not unit(torch.zeros_like(x), context()).any()
+
+
 def test_an_astrocyte_starts_silent_and_then_calms_a_busy_unit():
     x, unit = currents(200).abs(), site("astrocyte")
     assert torch.equal(unit(x, context(200)), loop(x, 0.5, 0.4))
