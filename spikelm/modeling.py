@@ -176,6 +176,8 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.shape[1] == 0:
+            raise ValueError(f"There is no token in a batch of {x.shape[0]} x 0; give at least one.")
         if self.config.embedding_scale != 1.0:
             # Rounded to the dtype of the embeddings first, as the sources do.
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)

@@ -217,3 +217,8 @@ def test_wrong_inputs_are_refused_with_a_reason(ids, arguments, message):
     given = {"input_ids": ids} if arguments else {}
     with pytest.raises(ValueError, match=message):
         small_model()(**given, **arguments)
+
+
+def test_a_pass_without_tokens_is_refused(ids):
+    with pytest.raises(ValueError, match="no token in a batch of 2 x 0"):
+        small_model()(ids[:2, :0])
