@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from spikelm.validation import PER_LAYER, validate
+from spikelm.validation import PER_LAYER, ROTATED, validate
 
 # What transformers calls a layer that holds these mixers; its vocabulary is closed.
 _LAYER_TYPES = {
@@ -107,7 +107,7 @@ class SpikeLMConfig(PreTrainedConfig):
             of so many input channels (see `spikelm.grid`); None: weights are plain floats.
 
     Raises:
-        ValueError: a field out of its range, with what was expected.
+        huggingface_hub.errors.StrictDataclassError: a field of another type or range, with what was expected.
     """
 
     model_type = "spikelm"
@@ -268,6 +268,11 @@ class SpikeLMConfig(PreTrainedConfig):
         """Whether the rotation of early tokens depends on how long the text has become (LongRoPE, Phi-3)."""
         assert self.rope_parameters is not None  # filled when made
         return self.rope_parameters.get("rope_type") == "longrope"
+
+    def validate_rope(self) -> None:
+        """Check the rotary fields where a mixer rotates."""
+        if any(ROTATED & set(mixer.split("+")) for mixer in self.mixers):
+            super().validate_rope()
 
     def validate_architecture(self) -> None:
         """Check what one field's type cannot: sizes against each other, names, lengths of per-layer lists."""

@@ -145,6 +145,13 @@ def _moe(config: "SpikeLMConfig", i: int, where: str) -> None:
             f"moe_top_k must lie between 1 and moe_experts ({config.moe_experts}) for the ffn{where}; got "
             f"{config.moe_top_k}."
         )
+    inner = sorted({"gate_up", "down"} & set(config.sites_at(i)))
+    if inner and config.at("spike_neuron", i) != "none":
+        raise ValueError(
+            f"spike_sites{where}: {' and '.join(inner)} lie inside the experts of 'moe', which see some tokens only: "
+            f"the membrane of {config.at('spike_neuron', i)!r} has no time there. Leave them out, or set spike_neuron "
+            "of the layer to 'none'."
+        )
 
 
 def _window_linear(config: "SpikeLMConfig", i: int, where: str) -> None:
@@ -243,3 +250,5 @@ def _neuron(config: "SpikeLMConfig", neuron: str, where: str) -> None:
             "neuron_grad_window must be given with neuron_temporal_grad 'truncated' and left out otherwise; got "
             f"{config.neuron_grad_window!r} with {config.neuron_temporal_grad!r}."
         )
+    if config.neuron_grad_window is not None:
+        positive("neuron_grad_window", config.neuron_grad_window)

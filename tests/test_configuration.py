@@ -41,6 +41,7 @@ def test_lists_must_cover_all_layers(field):
         small_config(**{field: [value] * 2})
 
 
+LIF = {"spike_neuron": "lif", "spike_code": "binary"}
 PLIF = {"spike_sites": ["o"], "spike_neuron": "plif", "spike_code": "binary"}
 
 
@@ -82,6 +83,12 @@ PLIF = {"spike_sites": ["o"], "spike_neuron": "plif", "spike_code": "binary"}
         ({"mixers": "egru_stack", "egru_stack_sizes": [32, 24]}, r"the last hidden_size \(32\); got \[32, 24\]"),
         ({**PLIF, "neuron_decay": 0.0}, "for a learned decay above 0"),
         ({**PLIF, "neuron_temporal_grad": "truncated"}, "neuron_grad_window must be given"),
+        (
+            {**PLIF, "neuron_temporal_grad": "truncated", "neuron_grad_window": 0},
+            "neuron_grad_window must be a positive",
+        ),
+        ({**PLIF, "ffns": "moe", "spike_sites": ["qkv", "down"]}, "down lie inside the experts of 'moe'"),
+        ({"hidden_size": 72, "num_attention_heads": 8, "head_dim": 9}, "even rotary dimension"),
     ],
 )
 def test_wrong_values_are_refused_with_a_reason(wrong, message):
@@ -91,6 +98,8 @@ def test_wrong_values_are_refused_with_a_reason(wrong, message):
 
 def test_fields_of_unused_blocks_are_not_checked():
     assert small_config(mixers="attention", gla_feature_map="relu", gla_gate="tied").mixers == ["attention"] * 3
+    assert small_config(mixers="rwkv4", head_dim=9).head_dim == 9  # where nothing rotates
+    assert small_config(ffns="moe", spike_sites=["qkv", "ffn_out"], **LIF).ffns == ["moe"] * 3  # outside the experts
 
 
 def test_saving_and_loading_keeps_every_field(tmp_path):
