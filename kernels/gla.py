@@ -23,6 +23,7 @@ from spikelm.kernels.runtime import (
     sequence_bounds,
     use_triton,
     wide_dtype,
+    without_autocast,
 )
 
 # Gates below this log decay are resets. exp(-30) = 9e-14 is a millionth of float32's rounding step: what such a gate
@@ -69,6 +70,7 @@ def gla(
     return gated_linear(q, k, v, g, initial_state, cu_seqlens, float(scale))
 
 
+@without_autocast
 def gla_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -174,6 +176,7 @@ def check_gated_linear(
 
 
 @torch.library.custom_op("spikelm::gated_linear", mutates_args=())
+@without_autocast
 def gated_linear(
     q: Tensor,
     k: Tensor,
@@ -196,6 +199,7 @@ def _(q, k, v, g, initial_state, cu_seqlens, scale):
 
 
 @torch.library.custom_op("spikelm::gated_linear_backward", mutates_args=())
+@without_autocast
 def gated_linear_backward(
     do: Tensor | None,
     dfinal: Tensor | None,

@@ -6,6 +6,7 @@ from kernel_cases import CASES, INF, Case, assert_close, compare, in_tiers, plac
 
 from spikelm.kernels import gla_torch
 from spikelm.kernels.gla import GATE_FLOOR, gated_linear, gla, gla_reference, gla_step
+from spikelm.kernels.simple_gla import simple_gla, simple_gla_step
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -224,3 +225,20 @@ def test_against_the_peer(length):
     expected = peer(q, k, v, g, initial_state=state, output_final_state=True)
     for name, got, other in zip(("o", "state"), gla(q, k, v, g, initial_state=state), expected):
         assert_close(name, got, other, 2e-2)
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["channel", "head"])
+def test_autocast_leaves_the_arithmetic_as_it_is(per_head):
+    (q, k, v, g, state), _, (do, _) = Case(20, 1, 2, 2, 4, 4).tensors("cpu", per_head=per_head)
+    op, step = (simple_gla, simple_gla_step) if per_head else (gla, gla_step)
+
+    def run():
+        o, final = op(q, k, v, g, initial_state=state)
+        return o, final, *torch.autograd.grad(o, [q, k, v, g, state], do)
+
+    plain = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = run()
+        first = step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], state)[0]
+    assert all(torch.equal(a, b) for a, b in zip(cast, plain))
+    assert_close("step", first, plain[0][:, 0], 2e-6)
