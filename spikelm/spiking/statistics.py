@@ -36,6 +36,8 @@ _SUMS = (
 class SpikeStatistics:
     """Counts spikes of a model within a `with` block, in evaluation, generation or training.
 
+    Under activation checkpointing every pass is made, and counted, twice: shares stay right, `tokens` doubles.
+
         with SpikeStatistics(model) as statistics:
             model.generate(...)
         statistics.summary()["silent_share_reads"]
