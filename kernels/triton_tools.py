@@ -15,7 +15,7 @@ IS_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, PRECISION: tl.constexpr = tl.constexpr("ieee")):
     """a @ b in float32. Operands keep their dtype, so that 16-bit tiles reach the matrix units.
 
     The interpreter holds bfloat16 as raw integers, so there operands are widened. PRECISION matters for float32
