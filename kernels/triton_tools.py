@@ -12,10 +12,11 @@ import triton.language as tl
 from spikelm.kernels.runtime import INTERPRETED
 
 IS_INTERPRETED = tl.constexpr(INTERPRETED)
+EXACT = tl.constexpr("ieee")
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr = tl.constexpr("ieee")):
+def dot(a, b, PRECISION: tl.constexpr = EXACT):
     """a @ b in float32. Operands keep their dtype, so that 16-bit tiles reach the matrix units.
 
     The interpreter holds bfloat16 as raw integers, so there operands are widened. PRECISION matters for float32
