@@ -1,6 +1,7 @@
 """The ops that the kernel benchmark measures: inputs, definitions, costs, peers. A new op is one entry of `OPS`."""
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,10 +154,11 @@ def _lif_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 def _spikingjelly(module: Any) -> Callable[[Tensor], Tensor]:
     """Its multi-step LIF with the same decay, reset and surrogate; time comes first there."""
     surrogate = importlib.import_module("spikingjelly.activation_based.surrogate")
+    chooses = "backend" not in inspect.signature(module.LIFNode).parameters  # by itself, since 2.0
 
     def run(x: Tensor) -> Tensor:
-        backend = "cupy" if x.is_cuda else "torch"
-        node = module.LIFNode(tau=2.0, surrogate_function=surrogate.ATan(), v_reset=0.0, step_mode="m", backend=backend)
+        fastest = {"backend": "cupy"} if x.is_cuda and not chooses else {}
+        node = module.LIFNode(tau=2.0, surrogate_function=surrogate.ATan(), v_reset=0.0, step_mode="m", **fastest)
         return node(x.transpose(0, 1)).transpose(0, 1)
 
     return run
