@@ -10,7 +10,7 @@
 The first three fire 0 or 1; with the code `ternary` every channel has an ON and an OFF unit, fed x and -x, and the
 site hands on ON - OFF. Their spikes have size 1: what amplitude they need, the next weights learn. `dsn` fires any
 code, with the thresholds of the code (`spike_k`, `spike_threshold`, `spike_max_count`): its potential is a plain scan,
-so it trains in parallel over time.
+so it trains in parallel over time. `neuron_temporal_grad` holds for all four.
 
 States: `membrane` `[B, D]` (`[B, 2 D]` with OFF units; `[B, 3, ...]` with an astrocyte: membrane, trace, calcium);
 dsn: `potential` `[B, D]` and the last inputs `[B, D]` of its convolution. float32 or better.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from spikelm.cache import Stateful, StateSpec
 from spikelm.initial import fill
-from spikelm.kernels.lif import Astrocyte, lif
+from spikelm.kernels.lif import Astrocyte, gradient_cuts, lif
 from spikelm.kernels.runtime import wide_dtype
 from spikelm.kernels.scan import scan, scan_step
 from spikelm.precision import KeepsDtype
@@ -174,7 +174,7 @@ class DynamicSite(SpikeSite):
 
     def __init__(self, config: "SpikeLMConfig", layer_idx: int, name: str, width: int):
         super().__init__(config, layer_idx, name, width)
-        self.potential = ResetFree(layer_idx, width, config.neuron_decay)
+        self.potential = ResetFree(config, layer_idx, width)
 
     def forward(self, x: Tensor, context: "ForwardContext | None" = None) -> Tensor:
         """`[B, T, width]` -> counts times threshold of the units' potentials, same shape and dtype."""
@@ -187,9 +187,11 @@ class ResetFree(Stateful, KeepsDtype):
 
     taps = 4
 
-    def __init__(self, layer_idx: int, width: int, decay: float):
+    def __init__(self, config: "SpikeLMConfig", layer_idx: int, width: int):
         super().__init__()
-        self.layer_idx, self.width = layer_idx, width
+        self.layer_idx, self.width, decay = layer_idx, width, float(config.neuron_decay)
+        # Tokens of a piece that the gradient does not leave: 0 for the whole text, 1 for none (SLTT).
+        self.grad_window = {"full": 0, "none": 1}.get(config.neuron_temporal_grad, config.neuron_grad_window or 0)
         self.weight = nn.Parameter(torch.empty(self.taps, width, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
         # With weights of zero every unit starts as a plain leaky one with the configuration's decay.
@@ -221,9 +223,24 @@ class ResetFree(Stateful, KeepsDtype):
             potentials, state = scan_step(inputs[:, 0], alpha[:, 0], state)
             potentials = potentials[:, None]
         else:
-            potentials, state = scan(inputs, alpha, initial_state=state)
+            start = state
+            potentials, state = scan(inputs, alpha, initial_state=start)
+            if self.grad_window and torch.is_grad_enabled():
+                potentials = self._cut(inputs, alpha, potentials.detach(), start, context)
         self.write_state(context, "potential", state)
         return potentials
+
+    def _cut(
+        self, inputs: Tensor, alpha: Tensor, potentials: Tensor, start: Tensor | None, context: "ForwardContext"
+    ) -> Tensor:
+        """The same potentials `[B, T, width]`, whose gradient ends in front of the first token of every piece."""
+        first = torch.zeros_like(potentials[:, :1]) if start is None else start[:, None].to(potentials.dtype)
+        before = torch.cat([first, potentials[:, :-1]], 1)
+        cuts = gradient_cuts(inputs, None, context.boundary, self.grad_window)
+        assert cuts is not None  # there is a window
+        cuts = cuts[..., None]
+        pieces, _ = scan(inputs + torch.where(cuts, alpha * before, 0.0), alpha.masked_fill(cuts, 0.0))
+        return potentials + (pieces - pieces.detach())  # not one bit of a potential depends on how it is trained
 
 
 NEURONS = {"lif": LIFSite, "plif": PLIFSite, "astrocyte": AstrocyteSite, "dsn": DynamicSite}

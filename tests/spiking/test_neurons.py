@@ -120,6 +120,25 @@ def test_temporal_gradients_can_be_cut():
     assert full[:, :-1].any() and not cut[:, :-1].any() and cut[:, -1].any()
 
 
+def test_temporal_gradients_of_a_reset_free_unit_can_be_cut():
+    """Its gradient ends at pieces of a window; its potentials stay the same to the last bit."""
+    x, full = currents().requires_grad_(), site("dsn").potential
+    expected = full(x, context())
+    reach = torch.autograd.grad(expected[:, -1].sum(), x)[0].abs().sum((0, 2))
+    assert reach.all()
+    for changes, seen in (
+        ({"neuron_temporal_grad": "none"}, 1),
+        ({"neuron_temporal_grad": "truncated", "neuron_grad_window": 5}, 2),  # 12 tokens: pieces of 5, 5 and 2
+    ):
+        unit = site("dsn", **changes).potential
+        potentials = unit(x, context())
+        assert torch.equal(potentials, expected)
+        cut = torch.autograd.grad(potentials[:, -1].sum(), x, retain_graph=True)[0].abs().sum((0, 2))
+        assert not cut[:-seen].any() and torch.allclose(cut[-seen:], reach[-seen:])
+        potentials.square().sum().backward()
+        assert unit.bias.grad.all() and unit.weight.grad.any()
+
+
 def test_embeddings_fire_by_their_sign():
     x = torch.tensor([[[-0.1, 0.0, 0.2]]], requires_grad=True)
     spikes = fire(x)
