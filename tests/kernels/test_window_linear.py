@@ -328,7 +328,7 @@ def test_a_sequence_in_pieces(device, window):
         assert_close(name, got, want, 2e-6)
     grads = [torch.autograd.grad(x, leaves, upstream, materialize_grads=True) for x in results]
     for name, want, got in zip((*INPUTS, *FLOATS), *grads):
-        assert_close(f"gradient of {name}", got, want, 4e-6)
+        assert_close(f"gradient of {name}", got, want, 2e-6)
 
 
 @around
