@@ -89,7 +89,7 @@ def environment(model: nn.Module, baseline: nn.Module, names: tuple[str, str] | 
         "dtype": {name: _dtype(network) for name, network in (("model", model), ("baseline", baseline))},
         "code": getattr(config, "spike_code", None) if sites else None,
         "threshold": getattr(config, "spike_threshold", None) if sites else None,
-        "k": sorted({float(site.k) for site in sites}),
+        "k": sorted({site.initial["k"] for site in sites}),
         "device": str(next(model.parameters()).device),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),

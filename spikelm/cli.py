@@ -103,6 +103,8 @@ def quickstart(model: str | None, out: Path, silent_share: float, k: float, toke
 @click.option("--threshold", default="token", show_default=True, help="token, calibrated or learned.")
 @click.option("--silent-share", type=float, help="Calibrate dead zones: share of weight reads to make unnecessary.")
 @click.option("--allocation", default="gradient", show_default=True, help="Of the silent share: gradient or uniform.")
+@click.option("--max-count", type=int, help="Clip counts to this magnitude; small ones need --rotate.")
+@click.option("--rotate", is_flag=True, help="Spread outliers over all channels; excludes a silent share.")
 @click.option("--calibration-text", type=click.Path(path_type=Path), help="UTF-8 file.  [default: a built-in sample]")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if a conversion wrote it.")
 @_dtype_option("auto")

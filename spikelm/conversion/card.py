@@ -67,6 +67,10 @@ def _steps(record: dict[str, Any]) -> list[str]:
         return [*steps, f"Spike sites {sites} in every layer, as published."]
     steps.append(f"Spike sites {sites} in every layer; {plan['code']} code, k = {plan['k']:g}.")
     steps.append(f"Threshold: {plan['threshold']}.")
+    if plan["max_count"] is not None:
+        steps.append(f"Counts are clipped to {plan['max_count']}.")
+    if record["rotated"]:
+        steps.append("The residual stream is rotated, and with it the weights: outliers are spread over all channels.")
     if calibration is None:
         steps.append(f"Dead zone: {plan['dead_zone']:g} of the mean magnitude at every site.")
     else:

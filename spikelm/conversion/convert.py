@@ -18,6 +18,7 @@ from spikelm.conversion.families import HEAD, Family, family_of
 from spikelm.conversion.folder import check_out, write_folder
 from spikelm.conversion.keys import map_tensors, new_parameters, normalised
 from spikelm.conversion.plan import ConversionPlan
+from spikelm.conversion.rotation import check_rotatable, rotate
 from spikelm.conversion.sources import Source, open_source, quiet
 from spikelm.modeling import SpikeLMForCausalLM
 
@@ -43,8 +44,8 @@ def convert(
         source: a model folder, a hub id, a `.gguf` file, or a loaded transformers model, whose weights are copied.
         out: where to write the complete model folder. It appears when everything is written, or not at all.
         plan: what to change; or its choices as keywords: `mixers`, `target`, `window`, `sinks`, `sites`, `code`, `k`,
-            `dead_zone`, `threshold`, `silent_share`, `allocation` (see `ConversionPlan`). `mixers="keep",
-            sites="none"` changes nothing: the logits stay those of the source.
+            `dead_zone`, `threshold`, `silent_share`, `allocation`, `max_count`, `rotate` (see `ConversionPlan`).
+            `mixers="keep", sites="none"` changes nothing: the logits stay those of the source.
         tokenizer: used, and written, in place of the source's own.
         calibration_text: text, or token ids `[N]`, that thresholds and dead zones are calibrated on; default: a
             sample that every Python carries.
@@ -69,6 +70,8 @@ def convert(
     opened = open_source(source, tokenizer=tokenizer, progress=progress)
     family = family_of(opened.config)
     config = plan.apply(family.fields(opened.config))
+    if plan.rotate:
+        check_rotatable(config)
     if progress:
         print(plan.describe(config, f"{opened.name} ({family.name})"), file=sys.stderr)
     if plan.needs_text and not isinstance(calibration_text, Tensor) and opened.tokenizer is None:
@@ -78,6 +81,7 @@ def convert(
     if isinstance(source, PreTrainedModel):
         model.to(source.device)  # type: ignore[arg-type]
     record |= {"plan": plan.as_dict(), "calibration": None, "measured": {}, "notes": opened.notes}
+    record["rotated"] = rotate(model) if plan.rotate else []
     if plan.needs_text:
         record["calibration"] = calibrate(
             model,

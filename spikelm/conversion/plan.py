@@ -31,13 +31,16 @@ class ConversionPlan:
         sites: `all`, `none`, or a list of `qkv`, `o`, `gate_up`, `down`.
         code: `bitwise`, `ternary` or `twos_complement`; `binary` has no sign and cannot code these activations.
         k: spike counts per mean magnitude; None: 3 as published, or 4 with a silent share, where the dead zones
-            silence what a finer k no longer does.
+            silence what a finer k no longer does. With the `gradient` allocation a mean: every site gets its own.
         dead_zone: |x| below this share of the mean magnitude is silent, at every site alike.
         threshold: `token` (each token's own mean magnitude), or `calibrated`, `learned`: a mean stored per site.
         silent_share: calibrate the dead zones so that this share of the inputs of all sites, each weighted by the
             weights that it would read, is zero; in (0, 1). None: `dead_zone` as it is.
-        allocation: how a silent share is spread: `gradient` (per channel, where it costs least), or `uniform` (one
-            dead zone for all sites).
+        allocation: how a silent share is spread: `gradient` (dead zones per channel and k per site where they cost
+            least), or `uniform` (one dead zone for all sites).
+        max_count: counts are clipped to this magnitude; None: never. Small ones need `rotate`, for outliers' sake.
+        rotate: spread outliers over all channels by rotations folded into the weights (`rotation.rotate`). It takes
+            away zeros, so it excludes a silent share.
 
     Raises:
         ValueError: a choice that is unknown, or that contradicts another.
@@ -54,6 +57,8 @@ class ConversionPlan:
     threshold: str = "token"
     silent_share: float | None = None
     allocation: str = "gradient"
+    max_count: int | None = None
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.mixers, str):
@@ -91,8 +96,15 @@ class ConversionPlan:
             raise ValueError(f"k must be a positive number of counts per mean magnitude; got {self.k!r}.")
         if not _is_number(self.dead_zone) or self.dead_zone < 0:
             raise ValueError(f"dead_zone must be a number of mean magnitudes, at least 0; got {self.dead_zone!r}.")
+        if self.max_count is not None and (not isinstance(self.max_count, int) or self.max_count < 1):
+            raise ValueError(f"max_count must be a whole number of spikes, at least 1; got {self.max_count!r}.")
         if self.silent_share is None:
             return
+        if self.rotate:
+            raise ValueError(
+                "Give rotate or silent_share, not both: a rotation makes every channel a mixture of all, and few of "
+                "them are near zero, so that dead zones cost far more. Rotate for small counts, silence for events."
+            )
         if not _is_number(self.silent_share) or not 0 < self.silent_share < 1:
             raise ValueError(f"silent_share must lie between 0 and 1; got {self.silent_share!r}.")
         if self.dead_zone:
@@ -156,6 +168,7 @@ class ConversionPlan:
             "spike_dead_zone": self.dead_zone,
             "spike_dead_zone_per_channel": self.silent_share is not None and self.allocation == "gradient",
             "spike_threshold": self.threshold,
+            "spike_max_count": self.max_count,
         }
         try:
             return SpikeLMConfig(**source | changes)
@@ -200,6 +213,10 @@ class ConversionPlan:
         if self.site_names:
             rows.append(("spike sites", f"{', '.join(self.site_names)} in every layer"))
             rows.append(("spike code", f"{self.code}, k = {self.k:g}, threshold per {_PER[self.threshold]}"))
+            if self.rotate:
+                rows.append(("rotation", "residual stream and values, folded into the weights"))
+            if self.max_count is not None:
+                rows.append(("counts", f"at most {self.max_count}"))
             if self.silent_share is None:
                 rows.append(("dead zone", f"{self.dead_zone:g} of the mean magnitude, everywhere"))
             else:
