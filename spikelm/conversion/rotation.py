@@ -35,6 +35,7 @@ _PLAIN = {
     "embedding_norm": "identity",
     "residual": True,
     "binary_embedding": False,
+    "weight_group_size": None,
 }
 
 

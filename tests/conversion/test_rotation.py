@@ -14,7 +14,14 @@ def biased(**changes):
 
 @pytest.mark.parametrize(
     ("make", "mixers"),
-    [(biased, "keep"), (qwen2, "keep"), (qwen3, "keep"), (biased, "gla+swa"), (biased, "window_linear"), (qwen3, "delta")],
+    [
+        (biased, "keep"),
+        (qwen2, "keep"),
+        (qwen3, "keep"),
+        (biased, "gla+swa"),
+        (biased, "window_linear"),
+        (qwen3, "delta"),
+    ],
 )
 def test_a_rotated_model_computes_what_it_did(make, mixers):
     plain = convert(make().double(), mixers=mixers, sites="none", progress=False)
@@ -32,6 +39,7 @@ def test_the_head_is_untied_only_for_the_gains_of_the_final_norm(tmp_path):
     plain = convert(source, sites="none", progress=False)
     turned = convert(source, tmp_path / "turned", sites="none", rotate=True, progress=False)
     assert plain.config.tie_word_embeddings and not turned.config.tie_word_embeddings
+    assert "residual stream is rotated" in (tmp_path / "turned" / "README.md").read_text()
     again = type(turned).from_pretrained(tmp_path / "turned", dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, plain(IDS).logits, rtol=0, atol=1e-9)
