@@ -15,8 +15,6 @@ A mixture of many channels is seldom close to zero: rotation takes away the zero
 It serves small counts, and excludes dead zones. (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406.)
 """
 
-from itertools import chain
-
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +23,6 @@ from spikelm.ffns.gated import GatedFFN
 from spikelm.mixers.attention import SoftmaxCore
 from spikelm.mixers.heads import HeadMixer
 from spikelm.modeling import SpikeLMForCausalLM
-from spikelm.spiking.site import spike_groups
 
 # What must hold of a model for its norms to commute with a rotation: field -> its only value.
 _PLAIN = {
@@ -41,7 +38,7 @@ _PLAIN = {
 
 @torch.no_grad()
 def rotate(model: SpikeLMForCausalLM, seed: int = 0) -> list[str]:
-    """Rotate the residual stream, and values where they only pass through softmax attention, in place.
+    """Rotate the residual stream, and the values of layers with nothing but softmax attention, in place.
 
     With sites off the logits stay what they were, up to rounding of the weights (float64: 1e-9). A head that is tied to
     the embeddings becomes a matrix of its own if the final norm has gains, which only it takes over.
@@ -72,7 +69,7 @@ def rotate(model: SpikeLMForCausalLM, seed: int = 0) -> list[str]:
             _set(writer.weight, turn.T @ _wide(writer.weight))
             if writer.bias is not None:
                 _set(writer.bias, _wide(writer.bias) @ turn)
-        if passes_values(mixer):
+        if _passes_values(mixer):
             _rotate_values(mixer, orthogonal(mixer.head_dim, generator))
             rotated.append(f"values.{index}")
     return rotated
@@ -84,8 +81,8 @@ def check_rotatable(config: SpikeLMConfig) -> None:
         given = getattr(config, field)
         if any(entry != value for entry in (given if isinstance(given, list) else [given])):
             raise ValueError(
-                f"A rotation needs {field} = {value!r} in every layer, where it commutes with the norms; this model has "
-                f"{given!r}. Leave rotate out."
+                f"A rotation needs {field} = {value!r} in every layer, where it commutes with the norms; this model "
+                f"has {given!r}. Leave rotate out."
             )
     with torch.device("meta"):
         layers = SpikeLMForCausalLM(config).model.layers
@@ -97,12 +94,10 @@ def check_rotatable(config: SpikeLMConfig) -> None:
             )
 
 
-def passes_values(mixer: nn.Module) -> bool:
+def _passes_values(mixer: HeadMixer) -> bool:
     """Whether heads are sums of values with weights that do not depend on them, and nothing stands in between."""
-    if type(mixer) is not HeadMixer:
-        return False
     cores = [getattr(mixer, name) for name in mixer.core_names]
-    return all(isinstance(core, SoftmaxCore) and not core.int8_keys_values for core in cores) and len(cores) == 1
+    return len(cores) == 1 and isinstance(cores[0], SoftmaxCore) and not cores[0].int8_keys_values
 
 
 def orthogonal(width: int, generator: torch.Generator) -> Tensor:
@@ -135,7 +130,9 @@ def _read(norm: nn.Module, readers: list[nn.Linear], turn: Tensor) -> None:
 
 def _rotate_values(mixer: HeadMixer, turn: Tensor) -> None:
     value, output, width = mixer.v_proj, mixer.o_proj, mixer.head_dim
-    for tensor in filter(lambda t: t is not None, (value.weight, value.bias)):
+    for tensor in (value.weight, value.bias):
+        if tensor is None:
+            continue
         heads = _wide(tensor).unflatten(0, (-1, width))  # [Hkv, D, ...]
         _set(tensor, torch.einsum("hd...,de->he...", heads, turn).flatten(0, 1))
     _set(output.weight, (_wide(output.weight).unflatten(1, (-1, width)) @ turn).flatten(1))
