@@ -60,6 +60,8 @@ def _steps(record: dict[str, Any]) -> list[str]:
     plan, result, calibration = record["plan"], record["result"], record["calibration"]
     layers = ", ".join(f"{count} x `{name}`" for name, count in Counter(result["layers"]).items())
     steps = [f"Layers: {layers}; weights in {result['dtype']}."]
+    if record.get("rotated"):
+        steps.append("The residual stream is rotated, and with it the weights: outliers are spread over all channels.")
     if not result["spike_sites"]:
         return [*steps, "No activation is spike-coded."]
     sites = ", ".join(f"`{site}`" for site in result["spike_sites"])
@@ -69,8 +71,6 @@ def _steps(record: dict[str, Any]) -> list[str]:
     steps.append(f"Threshold: {plan['threshold']}.")
     if plan["max_count"] is not None:
         steps.append(f"Counts are clipped to {plan['max_count']}.")
-    if record["rotated"]:
-        steps.append("The residual stream is rotated, and with it the weights: outliers are spread over all channels.")
     if calibration is None:
         steps.append(f"Dead zone: {plan['dead_zone']:g} of the mean magnitude at every site.")
     else:

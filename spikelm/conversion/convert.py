@@ -82,6 +82,7 @@ def convert(
         model.to(source.device)  # type: ignore[arg-type]
     record |= {"plan": plan.as_dict(), "calibration": None, "measured": {}, "notes": opened.notes}
     record["rotated"] = rotate(model) if plan.rotate else []
+    record["result"]["parameters"] = sum(p.numel() for p in model.parameters())  # a rotation may untie the head
     if plan.needs_text:
         record["calibration"] = calibrate(
             model,
@@ -134,7 +135,6 @@ def _build(
             "dtype": str(dtype).removeprefix("torch."),
             "layers": config.mixers,
             "spike_sites": config.spike_sites or [],
-            "parameters": sum(p.numel() for p in model.parameters()),
         },
         "keys": {"source_tensors": count, "filled": len(mapped), "new": len(new)},
         "new_parameters": sorted(new),

@@ -58,17 +58,18 @@ def rotate(model: SpikeLMForCausalLM, seed: int = 0) -> list[str]:
     _untie(model)
     generator = torch.Generator().manual_seed(seed)
     turn = orthogonal(model.config.hidden_size, generator)
-    _set(base.embed_tokens.weight, _wide(base.embed_tokens.weight) @ turn)
-    _read(base.norm, [model.lm_head], turn)
+    base.embed_tokens.weight.copy_(_wide(base.embed_tokens.weight) @ turn)
+    if not model.config.tie_word_embeddings:
+        _read(base.norm, [model.lm_head], turn)
     rotated = ["residual"]
     for index, layer in enumerate(base.layers):
         mixer, ffn = layer.mixer, layer.ffn
         _read(layer.mixer_norm, [mixer.get_submodule(name) for name in mixer.site_readers["qkv_site"]], turn)
         _read(layer.ffn_norm, [ffn.gate_proj, ffn.up_proj], turn)
         for writer in (mixer.o_proj, ffn.down_proj):
-            _set(writer.weight, turn.T @ _wide(writer.weight))
+            writer.weight.copy_(turn.T @ _wide(writer.weight))
             if writer.bias is not None:
-                _set(writer.bias, _wide(writer.bias) @ turn)
+                writer.bias.copy_(_wide(writer.bias) @ turn)
         if _passes_values(mixer):
             _rotate_values(mixer, orthogonal(mixer.head_dim, generator))
             rotated.append(f"values.{index}")
@@ -124,7 +125,7 @@ def _untie(model: SpikeLMForCausalLM) -> None:
 def _read(norm: nn.Module, readers: list[nn.Linear], turn: Tensor) -> None:
     """The norm's gains, then the rotation, into the linears behind it."""
     for reader in readers:
-        _set(reader.weight, (_wide(reader.weight) * _wide(norm.weight)) @ turn)
+        reader.weight.copy_((_wide(reader.weight) * _wide(norm.weight)) @ turn)
     norm.weight.fill_(1.0)
 
 
@@ -134,13 +135,9 @@ def _rotate_values(mixer: HeadMixer, turn: Tensor) -> None:
         if tensor is None:
             continue
         heads = _wide(tensor).unflatten(0, (-1, width))  # [Hkv, D, ...]
-        _set(tensor, torch.einsum("hd...,de->he...", heads, turn).flatten(0, 1))
-    _set(output.weight, (_wide(output.weight).unflatten(1, (-1, width)) @ turn).flatten(1))
+        tensor.copy_(torch.einsum("hd...,de->he...", heads, turn).flatten(0, 1))
+    output.weight.copy_((_wide(output.weight).unflatten(1, (-1, width)) @ turn).flatten(1))
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
-
-
-def _set(tensor: Tensor, value: Tensor) -> None:
-    tensor.copy_(value)

@@ -39,13 +39,16 @@ def test_the_head_is_untied_only_for_the_gains_of_the_final_norm(tmp_path):
     plain = convert(source, sites="none", progress=False)
     turned = convert(source, tmp_path / "turned", sites="none", rotate=True, progress=False)
     assert plain.config.tie_word_embeddings and not turned.config.tie_word_embeddings
+    assert turned.conversion["result"]["parameters"] == sum(p.numel() for p in turned.parameters())
     assert "residual stream is rotated" in (tmp_path / "turned" / "README.md").read_text()
     again = type(turned).from_pretrained(tmp_path / "turned", dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, plain(IDS).logits, rtol=0, atol=1e-9)
         source.model.norm.weight.fill_(1.0)
-    same = convert(source, sites="none", rotate=True, progress=False)
+    plain, same = (convert(source, sites="none", rotate=turn, progress=False) for turn in (False, True))
     assert same.config.tie_word_embeddings and same.lm_head.weight is same.model.embed_tokens.weight
+    with torch.no_grad():
+        torch.testing.assert_close(same(IDS).logits, plain(IDS).logits, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("width", [1, 9, 48, 64, 576])
