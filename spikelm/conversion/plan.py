@@ -40,7 +40,7 @@ class ConversionPlan:
             least), or `uniform` (one dead zone for all sites).
         max_count: counts are clipped to this magnitude; None: never. Small ones need `rotate`, for outliers' sake.
         rotate: spread outliers over all channels by rotations folded into the weights (`rotation.rotate`). It takes
-            away zeros, so it excludes a silent share.
+            away zeros, so it excludes a silent share. The input of `down` keeps its outliers: leave that site out.
 
     Raises:
         ValueError: a choice that is unknown, or that contradicts another.

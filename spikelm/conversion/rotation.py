@@ -10,7 +10,8 @@ them, and an RMSNorm without gains commutes with R, since it changes lengths onl
                 W <- R^T W,  b <- R^T b           linears that write to it
     heads       V <- S^T V,  O <- O S             per head: S of the head's width, between values and output
 
-The input of `down` stands behind a product of two linears, where no matrix can be folded: it keeps its outliers.
+The input of `down` stands behind a product of two linears, where no matrix can be folded: it keeps its outliers, and
+small counts at this site break a model as if nothing were rotated.
 A mixture of many channels is seldom close to zero: rotation takes away the zeros that an event-driven runtime skips.
 It serves small counts, and excludes dead zones. (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406.)
 """
