@@ -1,0 +1,226 @@
+"""One run of a recipe, from its settings to a model folder; started again, it goes on where it was.
+
+out/settings.json     what the run was started with
+out/checkpoints/      see `checkpoints.py`
+out/model/            the trained model: weights, tokenizer, generation config
+out/report.json       written last: losses, speed, versions; a run that has it is finished
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import click
+import torch
+import transformers
+from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+import spikelm
+from spikelm import SpikeLMConfig, SpikeLMForCausalLM
+from spikelm.loading import load_model
+from spikelm.recipes.checkpoints import write_whole
+from spikelm.recipes.settings import Settings
+from spikelm.recipes.trainer import RecipeTrainer
+
+MISTAKES = (ValueError, OSError, FloatingPointError, StrictDataclassError)
+# A run may go on with other values of these: they change neither data nor gradients beyond rounding.
+HARMLESS = ("out", "micro_batch", "training.report_to", "training.run_name", "training.disable_tqdm")
+
+
+def run(
+    settings: Settings,
+    trainer_class: Callable[..., RecipeTrainer] = RecipeTrainer,
+    prepare: Callable[[PreTrainedModel, Any, Settings], Any] | None = None,
+    data: Callable[[Settings, Any], Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Train as the settings say; returns the report.
+
+    Args:
+        settings: of the recipe.
+        trainer_class: called with `settings` and Trainer's arguments by name.
+        prepare: changes the loaded model before training: (model, tokenizer, settings) -> model. It is called at every
+            start, and what a checkpoint holds is loaded after it.
+        data: (settings, tokenizer) -> `Data`; None: what `settings.data` says, as plain text.
+        callbacks: further ones; an `ExportableState` has its state kept in checkpoints.
+
+    Raises:
+        ValueError: settings, model or data that do not fit, or that differ from those of the run in `out`.
+        OSError: a checkpoint or the result could not be written.
+        FloatingPointError: the loss or its gradient is not finite.
+    """
+    out = Path(settings.out)
+    if (out / "report.json").is_file():
+        _check_unchanged(settings, out)
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        _say(f"{out} is finished: {report['steps']} steps. Choose another `out` to train again.")
+        return report
+    arguments = _arguments(settings)
+    state = PartialState()
+    if state.is_main_process:
+        _check_unchanged(settings, out)
+    set_seed(settings.seed)
+    model, tokenizer = load(settings)
+    if prepare is not None:
+        model = prepare(model, tokenizer, settings)
+    texts = (data or _texts)(settings, tokenizer)
+    if hasattr(texts.train, "sized"):
+        texts = replace(texts, train=texts.train.sized(settings.steps * settings.batch))
+    use_cache = model.config.use_cache
+    trainer = trainer_class(
+        settings=settings,
+        model=model,
+        args=arguments,
+        train_dataset=texts.train,
+        eval_dataset=texts.heldout,
+        processing_class=tokenizer,
+        data_collator=transformers.default_data_collator,
+        callbacks=list(callbacks),
+    )
+    if state.is_main_process:
+        trainer.checkpoints.clean()
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "settings.json", json.dumps(asdict(settings), indent=1) + "\n")
+    state.wait_for_everyone()
+    steps = trainer.checkpoints.steps()
+    if steps and state.is_main_process:
+        _say(f"Going on from step {steps[-1]} of {arguments.max_steps}.")
+    trainer.train(resume_from_checkpoint=str(trainer.checkpoints.path(steps[-1])) if steps else None)
+    model.config.use_cache = use_cache  # Trainer has switched it off
+    _export(trainer, out / "model")
+    report = _report(trainer, texts)
+    if state.is_main_process:
+        write_whole(out / "report.json", json.dumps(report, indent=1) + "\n")
+    state.wait_for_everyone()
+    return report
+
+
+def load(settings: Settings) -> tuple[PreTrainedModel, Any]:
+    """The model to train, in float32, and its tokenizer."""
+    if settings.model is not None:
+        return load_model(settings.model, dtype=torch.float32, progress=False)
+    if settings.tokenizer == "bytes":
+        tokenizer = ByT5Tokenizer(extra_ids=0)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = SpikeLMConfig(**{"vocab_size": len(tokenizer), **special, **(settings.config or {})})
+    return SpikeLMForCausalLM(config), tokenizer
+
+
+def _texts(settings: Settings, tokenizer: Any) -> Any:
+    from spikelm.recipes.data import DataSettings, load_data
+
+    return load_data(DataSettings.of(settings.data), tokenizer, settings.seed)
+
+
+def _arguments(settings: Settings) -> TrainingArguments:
+    save = max(1, settings.checkpoints // (settings.batch * settings.window))
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # asked for before the processes have met
+    given = {"logging_steps": max(1, settings.steps // 100), "dataloader_pin_memory": torch.cuda.is_available()}
+    arguments = TrainingArguments(
+        **(given | settings.training),
+        output_dir=settings.out,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.micro_batch,
+        per_device_eval_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.accumulation(processes),
+        eval_strategy="steps",
+        eval_steps=save,
+        save_strategy="steps",
+        save_steps=save,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        seed=settings.seed,
+    )
+    if arguments.world_size != processes or arguments.n_gpu > 1:
+        raise ValueError("several devices need one process each: start the recipe with `accelerate launch`.")
+    return arguments
+
+
+def _check_unchanged(settings: Settings, out: Path) -> None:
+    """Raise ValueError if a run in `out` was started with other settings."""
+    file = out / "settings.json"
+    if not file.is_file():
+        return
+    old, new = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(asdict(settings))
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if changed := [name for name in changed if name not in HARMLESS]:
+        told = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
+        raise ValueError(f"{out} holds a run with other settings: {told}. Change them back, or choose another `out`.")
+
+
+def _flat(nested: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) and value else {path + name: value}
+    return flat
+
+
+def _export(trainer: RecipeTrainer, folder: Path) -> None:
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        if trainer.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        trainer.export(str(partial))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.replace(folder)
+    except Exception as error:
+        raise OSError(f"{folder} could not be written: {error} {trainer.kept()}") from error
+
+
+def _report(trainer: RecipeTrainer, data: Any) -> dict[str, Any]:
+    state, settings = trainer.state, trainer.settings
+    losses = [{"step": row["step"], "loss": row["loss"]} for row in state.log_history if "loss" in row]
+    heldout = [{"step": row["step"], "loss": row["eval_loss"]} for row in state.log_history if "eval_loss" in row]
+    tokens = settings.batch * settings.window * state.global_step
+    return {
+        "settings": asdict(settings),
+        "data": data.describe(),
+        "steps": state.global_step,
+        "tokens": tokens,
+        "processes": trainer.args.world_size,
+        "losses": losses,
+        "heldout_losses": heldout,
+        "best": {"step": state.best_global_step, "loss": state.best_metric},
+        "train_seconds": trainer.progress.seconds,
+        "tokens_per_second": tokens / trainer.progress.seconds,
+        "load_average": os.getloadavg()[0],
+        "versions": {m.__name__: m.__version__ for m in (spikelm, torch, transformers, accelerate)},
+    }
+
+
+class Command(click.Command):
+    """On its own, mistakes are one line and exit code 2; as a part of `spikelm train`, that command says them."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, and exit."""
+        try:
+            return super().main(*args, **kwargs)
+        except MISTAKES as error:
+            _say("spikelm: error: " + " ".join(str(error).split()))
+            raise SystemExit(2) from None
+
+
+def command(train: Callable[[Path], Any]) -> Command:
+    """The command line of a recipe: one YAML file."""
+    config = click.Argument(["config"], type=click.Path(path_type=Path))
+    return Command(train.__name__, callback=train, params=[config], help=train.__doc__)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
