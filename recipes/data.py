@@ -15,17 +15,17 @@ Text is tokenised once and kept as Arrow files by `datasets`; with `streaming: t
 How documents become windows: `packing.py`; how a stream is resumed: `streaming.py`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from spikelm.recipes.documents import TextEncoder, stored
 from spikelm.recipes.packing import PLANS, InOrder, Mixture, Windows
-from spikelm.recipes.sources import Source, is_number, known, split, strings
+from spikelm.recipes.settings import strict
+from spikelm.recipes.sources import Files, Hub, Source, split
 from spikelm.recipes.streaming import Reader, Stream
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """What the `data` section of a recipe says.
 
@@ -40,43 +40,35 @@ class DataSettings:
         end_of_text: token behind every text. None: the tokenizer's `eos_token`, if it has one.
     """
 
-    sources: tuple[Source, ...]
+    sources: list[Source]
     window: int
-    heldout: float | tuple[str, ...] = 0.0
+    heldout: float | list[str] = 0.0
     streaming: bool = False
     documents: str = "cut"
     end_of_text: str | None = None
 
+    def __post_init__(self) -> None:
+        weighted = {source.weight is not None for source in self.sources}
+        if not weighted:
+            raise ValueError("data.sources must name at least one source.")
+        if len(weighted) == 2:
+            raise ValueError("data.sources: either every source has a weight, or none.")
+        if self.streaming and len(self.sources) > 1 and weighted != {True}:
+            raise ValueError("data.sources: streamed sources have no known size; give each a weight.")
+        if self.window < 2:
+            raise ValueError(f"data.window must be at least 2; got {self.window}.")
+        if not isinstance(self.heldout, list) and not 0 <= self.heldout < 1:
+            raise ValueError(f"data.heldout must be a share below 1, or files; got {self.heldout}.")
+        if self.documents not in PLANS:
+            raise ValueError(f"data.documents must be {' or '.join(PLANS)}; got {self.documents!r}.")
+
     @classmethod
-    def of(cls, mapping: Mapping[str, Any]) -> "DataSettings":
-        """Read a mapping of the YAML file. Raises ValueError for what is missing, unknown or out of range."""
-        given = known(cls, mapping, "data")
-        if not isinstance(given["sources"], list) or not given["sources"]:
-            raise ValueError("sources of data must be a list with at least one entry.")
-        given["sources"] = tuple(Source.of(entry) for entry in given["sources"])
-        weighted = [source.weight is not None for source in given["sources"]]
-        if any(weighted) and not all(weighted):
-            raise ValueError("either every source has a weight, or none.")
-        window = given["window"]
-        if not isinstance(window, int) or isinstance(window, bool) or window < 2:
-            raise ValueError(f"window of data must be an integer of at least 2, got {window!r}.")
-        heldout = given.get("heldout", 0.0)
-        if isinstance(heldout, str):
-            heldout = [heldout]
-        if isinstance(heldout, list):
-            given["heldout"] = strings(heldout, "heldout")
-        elif not is_number(heldout) or not 0 <= heldout < 1:
-            raise ValueError(f"heldout of data must be a share below 1 or a list of files, got {heldout!r}.")
-        if given.get("documents", "cut") not in PLANS:
-            raise ValueError(f"documents of data must be {' or '.join(PLANS)}, got {given['documents']!r}.")
-        if not isinstance(given.get("streaming", False), bool):
-            raise ValueError(f"streaming of data must be true or false, got {given['streaming']!r}.")
-        if not isinstance(given.get("end_of_text", ""), str):
-            raise ValueError(f"end_of_text of data must be a token, got {given['end_of_text']!r}.")
-        settings = cls(**given)
-        if settings.streaming and not all(weighted) and len(weighted) > 1:
-            raise ValueError("streamed sources have no known size: give each a weight.")
-        return settings
+    def of(cls, mapping: Any) -> "DataSettings":
+        """Read the mapping `data` of a YAML file. Raises ValueError for what is missing, unknown or out of range."""
+        if isinstance(mapping, dict) and isinstance(mapping.get("sources"), list):
+            sources = [Source.of(source, f"data.sources[{i}].") for i, source in enumerate(mapping["sources"])]
+            mapping = mapping | {"sources": sources}
+        return strict(cls, mapping, "data.")
 
 
 @dataclass(frozen=True)
@@ -100,9 +92,8 @@ class Data:
         facts = {**self._facts, "sources": [dict(source) for source in self._facts["sources"]]}
         if isinstance(self.train, Mixture):
             facts["windows"] = len(self.train)
-            for source, taken in zip(facts["sources"], self.train.taken()):
-                source["windows"] = taken
-                source["epochs"] = round(taken / source.pop("windows_of_an_epoch"), 3)
+            for fact, source, taken in zip(facts["sources"], self.train.sources, self.train.taken()):
+                fact |= {"windows": taken, "epochs": round(source.plan.epochs(taken), 3)}
         return facts
 
 
@@ -122,46 +113,39 @@ def load_data(settings: DataSettings, tokenizer: Any, seed: int, encode: Any = N
     encode = encode or TextEncoder(tokenizer, settings.end_of_text)
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
     parts = split(settings.sources, settings.heldout, encode.field, settings.streaming)
-    plan = PLANS[settings.documents]
-    weights = [source.weight or 1.0 for source in settings.sources]
     facts: list[dict[str, Any]] = [{"source": source.label} for source in settings.sources]
     heldout = []
     for fact, (_, held) in zip(facts, parts):
         if held is not None:
-            documents = stored(held.named, encode, held.key)
-            fact |= {"heldout_documents": len(documents), "heldout_tokens": int(documents.lengths.sum())}
-            fact |= {"heldout_files": [file.name for file in held.files]}
-            if len(documents):
-                heldout.append(Windows(documents, plan(documents.lengths, settings.window, None)))
+            windows = _windows(held, encode, settings, None)
+            fact |= _sizes(held, windows, "heldout_") | {"heldout_names": [file.name for file in held.files]}
+            heldout.append(windows)
+    weights = [source.weight or 1.0 for source in settings.sources]
     train: Mixture | Stream
     if settings.streaming:
-        readers = [
-            Reader(part, encode, settings.window, settings.documents, [seed, i]) for i, (part, _) in enumerate(parts)
-        ]
+        whole = settings.documents == "whole"
+        readers = [Reader(part, encode, settings.window, whole, [seed, i]) for i, (part, _) in enumerate(parts)]
         train = Stream(readers, weights, settings.window, pad, seed)
     else:
-        sources = []
-        for i, (fact, (part, _)) in enumerate(zip(facts, parts)):
-            documents = stored(part.named, encode, part.key)
-            if not len(documents):
-                raise ValueError(f"{settings.sources[i].label}: no document to train on.")
-            windows = Windows(documents, plan(documents.lengths, settings.window, [seed, i]))
-            sources.append(windows)
-            fact |= {"documents": len(documents), "tokens": int(documents.lengths.sum())}
-            fact |= {
-                "windows_of_an_epoch": windows.plan.tokens / settings.window
-                if settings.documents == "cut"
-                else windows.plan.windows()
-            }
+        sources = [_windows(part, encode, settings, [seed, i]) for i, (part, _) in enumerate(parts)]
         if settings.sources[0].weight is None:
             weights = [float(source.plan.tokens) for source in sources]
+        for fact, (part, _), windows in zip(facts, parts, sources):
+            fact |= _sizes(part, windows)
         train = Mixture(sources, weights, pad, seed, sum(source.plan.windows() for source in sources))
-    for fact, (part, _), weight in zip(facts, parts, weights):
-        fact |= {"files": len(part.files), "share": round(weight / sum(weights), 4)}
-    shared = {
-        "window": settings.window,
-        "documents": settings.documents,
-        "streaming": settings.streaming,
-        "end_of_text": encode.ends_with,
-    }
-    return Data(train, InOrder(heldout, pad) if heldout else None, {**shared, "sources": facts})
+    for fact, weight in zip(facts, weights):
+        fact["share"] = round(weight / sum(weights), 4)
+    form = {"window": settings.window, "documents": settings.documents, "streaming": settings.streaming}
+    form |= {"end_of_text": encode.ends_with, "sources": facts}
+    return Data(train, InOrder(heldout, pad) if heldout else None, form)
+
+
+def _windows(part: Files | Hub, encode: Any, settings: DataSettings, seed: list[int] | None) -> Windows:
+    documents = stored(part, encode)
+    return Windows(documents, PLANS[settings.documents](documents.lengths, settings.window, seed))
+
+
+def _sizes(part: Files | Hub, windows: Windows, prefix: str = "") -> dict[str, int]:
+    lengths = windows.documents.lengths
+    sizes = {"files": len(part.files), "documents": len(lengths), "tokens": int(lengths.sum())}
+    return {prefix + name: size for name, size in sizes.items() if size}

@@ -74,7 +74,7 @@ def tokenizer_key(tokenizer: Any) -> str:
     """A digest that is the same for tokenizers that give the same tokens, in every process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return _digest(type(tokenizer).__name__, rules, repr(sorted(map(str, tokenizer.special_tokens_map.items()))))
+    return digest(type(tokenizer).__name__, rules, repr(sorted(map(str, tokenizer.special_tokens_map.items()))))
 
 
 def rows(path: Path, field: str) -> Iterator[Any]:
@@ -167,20 +167,29 @@ def encoded(named: Iterable[tuple[str, Any]], encode: Callable[[list[Any]], list
 def files_key(files: list[Path]) -> str:
     """A digest of names, sizes and times of files."""
     stamps = [(str(file.resolve()), file.stat()) for file in files]
-    return _digest(*(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stamps))
+    return digest(*(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stamps))
 
 
-def stored(named: Callable[[], Iterable[tuple[str, Any]]], encode: Any, key: str) -> "StoredDocuments":
-    """All documents of `named()`, tokenised at most once per `key` and encoder, by any number of processes.
+def stored(part: Any, encode: Any) -> "StoredDocuments":
+    """All documents of a part of a source, tokenised at most once by any number of processes.
 
-    Raises ValueError for a document that cannot be read or encoded; nothing is kept then.
+    Args:
+        part: `named()` gives `(origin, value)` pairs, `key` says when they may have changed, `label` is for errors.
+        encode: turns values into documents; `key` says how.
+
+    Raises:
+        ValueError: a document that cannot be read or encoded, or none at all. Nothing is kept then.
     """
     import datasets
     from datasets.exceptions import DatasetGenerationError
 
     def generate() -> Iterator[dict[str, Any]]:
-        for ids, learned in encoded(named(), encode):
+        found = False
+        for ids, learned in encoded(part.named(), encode):
+            found = True
             yield {"input_ids": ids} if learned is None else {"input_ids": ids, "learned": learned}
+        if not found:
+            raise ValueError(f"{part.label}: there is no document.")
 
     columns = {"input_ids": datasets.List(datasets.Value("int32"))}
     if encode.masks:
@@ -189,7 +198,7 @@ def stored(named: Callable[[], Iterable[tuple[str, Any]]], encode: Any, key: str
         dataset = datasets.Dataset.from_generator(
             generate,
             features=datasets.Features(columns),
-            fingerprint=_digest(str(_VERSION), key, encode.key)[:32],
+            fingerprint=digest(str(_VERSION), part.key, encode.key)[:32],
         )
     except DatasetGenerationError as error:
         raise error.__cause__ or error from None
@@ -221,8 +230,9 @@ class StoredDocuments:
 def value_digest(value: Any) -> float:
     """A number in [0, 1) that depends on the value alone: which side of a split a document falls on."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    return int(_digest(text)[:13], 16) / 16**13
+    return int(digest(text)[:13], 16) / 16**13
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """SHA-256 over texts."""
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()

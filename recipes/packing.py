@@ -86,6 +86,10 @@ class CutPlan(_Plan):
         """Windows that begin in the first epoch."""
         return -(-self.tokens // self.window)
 
+    def epochs(self, windows: int) -> float:
+        """How often the source is seen in so many windows."""
+        return windows * self.window / self.tokens
+
     def pieces(self, index: int) -> list[Piece]:
         """The pieces of window `index`, which together are `window` long."""
         epoch, at = divmod(index * self.window, self.tokens)
@@ -115,6 +119,10 @@ class WholePlan(_Plan):
         """Windows of the first epoch."""
         self._reach(0)
         return self._first[1]
+
+    def epochs(self, windows: int) -> float:
+        """How often the source is seen in so many windows."""
+        return windows / self.windows()  # epochs differ by a few windows
 
     def pieces(self, index: int) -> list[Piece]:
         """The pieces of window `index`, which together are at most `window` long."""

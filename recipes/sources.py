@@ -1,8 +1,9 @@
 """Where documents come from, and which of them are held out: whole files, or whole documents of a hub dataset."""
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,22 @@ from typing import Any
 import numpy as np
 
 from spikelm.recipes.documents import files_key, rows, value_digest
+from spikelm.recipes.settings import strict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """Where documents come from: either `files` or `hub`.
 
     Attributes:
-        files: a path or glob, or several. A text file is one document, as is a row of a .jsonl or .parquet file.
+        files: paths or globs. A text file is one document, as is every row of a .jsonl or .parquet file.
         hub: id of a dataset, or its folder. split, name: which part of it.
         heldout_split: the split of a hub dataset that is held out.
         field: the column of rows. None: that of the recipe, `text` (or `messages`).
-        weight: share of the tokens trained on, relative to the other sources'. None: as many as the source has.
+        weight: share of the tokens trained on, relative to other sources. None: as many as the source has.
     """
 
-    files: tuple[str, ...] = ()
+    files: list[str] = dataclasses.field(default_factory=list)
     hub: str | None = None
     split: str = "train"
     name: str | None = None
@@ -32,35 +34,32 @@ class Source:
     field: str | None = None
     weight: float | None = None
 
+    def __post_init__(self) -> None:
+        if bool(self.files) == bool(self.hub):
+            raise ValueError("a source has either files or hub.")
+        if self.files and (self.split, self.name, self.heldout_split) != ("train", None, None):
+            raise ValueError("split, name and heldout_split of a source belong to hub, not to files.")
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight of a source must be above 0; got {self.weight}.")
+
     @property
     def label(self) -> str:
         """What reports call the source."""
         return self.hub or ", ".join(self.files)
 
     @classmethod
-    def of(cls, mapping: Mapping[str, Any]) -> "Source":
-        """Read a mapping of the YAML file. Raises ValueError."""
-        given = known(cls, mapping, "a source")
-        if isinstance(given.get("files"), str):
-            given["files"] = [given["files"]]
-        given["files"] = strings(given.get("files", []), "files")
-        for name in ("hub", "split", "name", "heldout_split", "field"):
-            if not isinstance(given.get(name, ""), str):
-                raise ValueError(f"{name} of a source must be a text, got {given[name]!r}.")
-        if bool(given["files"]) == bool(given.get("hub")):
-            raise ValueError(f"a source has either files or hub, got {dict(mapping)}.")
-        if misplaced := sorted({"split", "name", "heldout_split"} & set(given)) if given["files"] else []:
-            raise ValueError(f"a source of files has no {misplaced[0]}: that belongs to hub.")
-        if (weight := given.get("weight")) is not None and not (is_number(weight) and weight > 0):
-            raise ValueError(f"weight of a source must be a number above 0, got {weight!r}.")
-        return cls(**given)
+    def of(cls, mapping: Any, prefix: str = "") -> "Source":
+        """Read a mapping of the YAML file, where `files` may be a single text. Raises ValueError."""
+        if isinstance(mapping, dict) and isinstance(mapping.get("files"), str):
+            mapping = mapping | {"files": [mapping["files"]]}
+        return strict(cls, mapping, prefix)
 
 
 class Files:
     """Documents of files, each named by its file."""
 
-    def __init__(self, files: list[Path], field: str):
-        self.files, self._field = files, field
+    def __init__(self, label: str, files: list[Path], field: str):
+        self.label, self.files, self._field = label, files, field
 
     @property
     def key(self) -> str:
@@ -101,6 +100,7 @@ class Hub:
     files: list[Path] = []
 
     def __init__(self, source: Source, split: str, field: str, share: float = 0.0, heldout: bool = False):
+        self.label = f"{source.hub}, {split}{' (held out)' if heldout else ''}"
         self._source, self._split, self._field = source, split, field
         self._share, self._heldout = share, heldout
 
@@ -114,13 +114,14 @@ class Hub:
         for number, row in enumerate(self._load(streaming=False)):
             value = row[self._field]
             if value is not None and (value_digest(value) < self._share) == self._heldout:
-                yield f"{self._source.hub}, {self._split} row {number}", value
+                yield f"{self.label}, row {number}", value
 
     def stream(self, order: np.random.Generator) -> Any:
         """An `IterableDataset` of rows `{"origin", "value"}`, as stored."""
-        origin = f"{self._source.hub}, {self._split}"
         rows = self._load(streaming=True)
-        named = rows.map(lambda row: {"origin": origin, "value": row[self._field]}, remove_columns=rows.column_names)
+        named = rows.map(
+            lambda row: {"origin": self.label, "value": row[self._field]}, remove_columns=rows.column_names
+        )
         return named.filter(lambda row: row["value"] is not None)
 
     def _load(self, streaming: bool) -> Any:
@@ -138,7 +139,7 @@ class Hub:
 
 
 def split(
-    sources: tuple[Source, ...], heldout: float | tuple[str, ...], field: str, streaming: bool
+    sources: list[Source], heldout: float | list[str], field: str, streaming: bool
 ) -> list[tuple[Files | Hub, Files | Hub | None]]:
     """What is trained on and what is held out (None: nothing), for every source.
 
@@ -147,7 +148,7 @@ def split(
     """
     parts: list[tuple[Files | Hub, Files | Hub | None]] = []
     owners: dict[Path, str] = {}
-    unused = set(heldout) if isinstance(heldout, tuple) else set()
+    unused = set(heldout) if isinstance(heldout, list) else set()
     for source in sources:
         column = source.field or field
         if source.hub:
@@ -159,15 +160,15 @@ def split(
                 raise ValueError(
                     f"{file} is in two sources, {owners[file]} and {source.label}: leave it to one of them."
                 )
-        if isinstance(heldout, tuple):
+        if isinstance(heldout, list):
             held = {file for file in files for pattern in heldout if file.match(pattern)}
             unused -= {pattern for pattern in heldout if any(file.match(pattern) for file in files)}
         else:
             held = _share_of(files, heldout)
         if len(held) == len(files):
             raise ValueError(f"{source.label}: every file is held out, nothing is left to train on.")
-        train = Files([file for file in files if file not in held], column)
-        parts.append((train, Files([file for file in files if file in held], column) if held else None))
+        train = Files(source.label, [file for file in files if file not in held], column)
+        parts.append((train, Files(source.label, [file for file in files if file in held], column) if held else None))
     if unused:
         raise ValueError(f"heldout: no file fits {', '.join(sorted(unused))}.")
     if heldout and all(held is None for _, held in parts):
@@ -175,10 +176,10 @@ def split(
     return parts
 
 
-def _split_hub(source: Source, heldout: float | tuple[str, ...], field: str, streaming: bool) -> tuple[Hub, Hub | None]:
+def _split_hub(source: Source, heldout: float | list[str], field: str, streaming: bool) -> tuple[Hub, Hub | None]:
     if source.heldout_split:
         return Hub(source, source.split, field), Hub(source, source.heldout_split, field)
-    if isinstance(heldout, tuple) or not heldout:
+    if isinstance(heldout, list) or not heldout:
         return Hub(source, source.split, field), None
     if streaming:
         raise ValueError(f"{source.hub} is streamed: a share cannot be held out, name its heldout_split.")
@@ -203,27 +204,3 @@ def _share_of(files: list[Path], share: float) -> set[Path]:
         return set()
     ranked = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).hexdigest())
     return set(ranked[: min(len(files) - 1, max(1, round(share * len(files))))])
-
-
-def known(cls: Any, mapping: Any, what: str) -> dict[str, Any]:
-    """The mapping as a dict, if its keys are fields of `cls` and none is missing. Raises ValueError."""
-    if not isinstance(mapping, Mapping):
-        raise ValueError(f"{what} must be a mapping of names to values, got {mapping!r}.")
-    names = {field.name: field.default is MISSING for field in fields(cls)}
-    if unknown := [name for name in mapping if name not in names]:
-        raise ValueError(f"{what} has no field {unknown[0]!r}; there are {', '.join(names)}.")
-    if missing := [name for name, required in names.items() if required and name not in mapping]:
-        raise ValueError(f"{what} needs {missing[0]!r}.")
-    return dict(mapping)
-
-
-def strings(value: Any, what: str) -> tuple[str, ...]:
-    """A list of texts as a tuple. Raises ValueError."""
-    if not isinstance(value, list | tuple) or not all(isinstance(entry, str) and entry for entry in value):
-        raise ValueError(f"{what} must be a list of texts, got {value!r}.")
-    return tuple(value)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of YAML is a number (true and false are not)."""
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -33,12 +33,12 @@ class Reader:
         part: has `stream(rng)`, an iterable dataset of rows `{"origin", "value"}`.
         encode: turns values into documents.
         window: tokens of a window.
-        documents: `cut` or `whole`, see `packing.py`.
+        whole: documents are not cut, see `packing.py`.
         seed: of the order.
     """
 
-    def __init__(self, part: Any, encode: Any, window: int, documents: str, seed: list[int]):
-        self._part, self._encode, self._window, self._whole = part, encode, window, documents == "whole"
+    def __init__(self, part: Any, encode: Any, window: int, whole: bool, seed: list[int]):
+        self._part, self._encode, self._window, self._whole = part, encode, window, whole
         self._seed = seed
         self.load_state_dict({"epoch": 0, "block": 0, "origin": None, "document": 0, "token": 0})
 
@@ -74,16 +74,17 @@ class Reader:
 
     def _current(self) -> Document:
         """The document that is being read, the next one if none is."""
+        state = self._state
         while self._document is None:
             if not self._block:
                 self._read_block()
-            if self._state["document"] == len(self._block):
-                self._state |= {"block": self._state["block"] + 1, "document": 0, "origin": self._rows.state_dict()}
+            elif state["document"] == len(self._block):
+                state |= {"block": state["block"] + 1, "document": 0, "origin": self._rows.state_dict()}
                 self._block = []
-                continue
-            self._document = next(encoded([self._block[self._state["document"]]], self._encode), None)
-            if self._document is None:  # nothing but white space
-                self._next()
+            else:
+                self._document = next(encoded([self._block[state["document"]]], self._encode), None)
+                if self._document is None:  # nothing but white space
+                    self._next()
         self._fruitless = False
         return self._document
 
@@ -106,7 +107,7 @@ class Reader:
             self._block = [block[i] for i in order]
             return
         if self._fruitless or state["block"] == 0:
-            raise ValueError("a streamed source has no documents: remove it.")
+            raise ValueError(f"{self._part.label}: there is no document.")
         self._state |= {"epoch": state["epoch"] + 1, "block": 0, "origin": None}
         self._rows, self._fruitless = None, True
 
