@@ -12,6 +12,10 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+# How a full or broken disk speaks: to Python, to torch's archives, to safetensors.
+UNWRITABLE = (OSError, RuntimeError, SafetensorError)
 MANIFEST = "manifest.json"
 KEPT = 2  # newest ones; the best one beside them
 

@@ -21,15 +21,23 @@ import torch
 import transformers
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedModel, TrainerCallback, TrainingArguments
+from torch.utils.data import IterableDataset
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer_utils import set_seed
 
 import spikelm
 from spikelm import SpikeLMConfig, SpikeLMForCausalLM
 from spikelm.loading import load_model
-from spikelm.recipes.checkpoints import write_whole
+from spikelm.recipes.checkpoints import UNWRITABLE, write_whole
 from spikelm.recipes.settings import Settings
-from spikelm.recipes.trainer import RecipeTrainer
+from spikelm.recipes.trainer import Bounded, RecipeTrainer
 
 MISTAKES = (ValueError, OSError, FloatingPointError, StrictDataclassError)
 # A run may go on with other values of these: they change neither data nor gradients beyond rounding.
@@ -59,61 +67,60 @@ def run(
         FloatingPointError: the loss or its gradient is not finite.
     """
     out = Path(settings.out)
+    _check_unchanged(out / "settings.json", asdict(settings))
     if (out / "report.json").is_file():
-        _check_unchanged(settings, out)
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        _say(f"{out} is finished: {report['steps']} steps. Choose another `out` to train again.")
+        _say(f"{out} is finished: {report['steps']} steps, {report['tokens']} tokens. For another run, change `out`.")
         return report
     arguments = _arguments(settings)
-    state = PartialState()
-    if state.is_main_process:
-        _check_unchanged(settings, out)
+    main = PartialState().is_main_process
     set_seed(settings.seed)
     model, tokenizer = load(settings)
     if prepare is not None:
         model = prepare(model, tokenizer, settings)
-    texts = (data or _texts)(settings, tokenizer)
-    if hasattr(texts.train, "sized"):
-        texts = replace(texts, train=texts.train.sized(settings.steps * settings.batch))
     use_cache = model.config.use_cache
+    texts = (data or _texts)(settings, tokenizer)
+    items = settings.steps * settings.batch
+    if isinstance(texts.train, IterableDataset):
+        facts, train = texts.describe(), Bounded(texts.train, items, settings.window)
+    else:
+        train = texts.train.sized(items)
+        facts = replace(texts, train=train).describe()
+    _check_unchanged(out / "data.json", facts)
     trainer = trainer_class(
         settings=settings,
         model=model,
         args=arguments,
-        train_dataset=texts.train,
+        train_dataset=train,
         eval_dataset=texts.heldout,
         processing_class=tokenizer,
-        data_collator=transformers.default_data_collator,
+        data_collator=default_data_collator,
         callbacks=list(callbacks),
     )
-    if state.is_main_process:
-        trainer.checkpoints.clean()
+    if main:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "settings.json", json.dumps(asdict(settings), indent=1) + "\n")
-    state.wait_for_everyone()
-    steps = trainer.checkpoints.steps()
-    if steps and state.is_main_process:
-        _say(f"Going on from step {steps[-1]} of {arguments.max_steps}.")
-    trainer.train(resume_from_checkpoint=str(trainer.checkpoints.path(steps[-1])) if steps else None)
-    model.config.use_cache = use_cache  # Trainer has switched it off
+        write_whole(out / "data.json", json.dumps(facts, indent=1) + "\n")
+    trainer.resume()
+    model.config.use_cache = use_cache  # Trainer switches it off
     _export(trainer, out / "model")
-    report = _report(trainer, texts)
-    if state.is_main_process:
+    report = _report(trainer, facts)
+    if main:
         write_whole(out / "report.json", json.dumps(report, indent=1) + "\n")
-    state.wait_for_everyone()
+    trainer.accelerator.wait_for_everyone()
     return report
 
 
 def load(settings: Settings) -> tuple[PreTrainedModel, Any]:
     """The model to train, in float32, and its tokenizer."""
     if settings.model is not None:
-        return load_model(settings.model, dtype=torch.float32, progress=False)
+        return load_model(settings.model, dtype=torch.float32, changes=settings.config, progress=False)
     if settings.tokenizer == "bytes":
         tokenizer = ByT5Tokenizer(extra_ids=0)
     else:
         tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    config = SpikeLMConfig(**{"vocab_size": len(tokenizer), **special, **(settings.config or {})})
+    config = SpikeLMConfig(**{"vocab_size": len(tokenizer), **special, **settings.config})
     return SpikeLMForCausalLM(config), tokenizer
 
 
@@ -124,7 +131,7 @@ def _texts(settings: Settings, tokenizer: Any) -> Any:
 
 
 def _arguments(settings: Settings) -> TrainingArguments:
-    save = max(1, settings.checkpoints // (settings.batch * settings.window))
+    save = max(1, settings.checkpoints // settings.step_tokens)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # asked for before the processes have met
     given = {"logging_steps": max(1, settings.steps // 100), "dataloader_pin_memory": torch.cuda.is_available()}
     arguments = TrainingArguments(
@@ -134,8 +141,6 @@ def _arguments(settings: Settings) -> TrainingArguments:
         per_device_train_batch_size=settings.micro_batch,
         per_device_eval_batch_size=settings.micro_batch,
         gradient_accumulation_steps=settings.accumulation(processes),
-        eval_strategy="steps",
-        eval_steps=save,
         save_strategy="steps",
         save_steps=save,
         metric_for_best_model="loss",
@@ -149,16 +154,17 @@ def _arguments(settings: Settings) -> TrainingArguments:
     return arguments
 
 
-def _check_unchanged(settings: Settings, out: Path) -> None:
-    """Raise ValueError if a run in `out` was started with other settings."""
-    file = out / "settings.json"
+def _check_unchanged(file: Path, new: dict[str, Any]) -> None:
+    """Raise ValueError if a run was started with something else than what goes into `file`."""
     if not file.is_file():
         return
-    old, new = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(asdict(settings))
+    old, new = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(json.loads(json.dumps(new)))
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if changed := [name for name in changed if name not in HARMLESS]:
-        told = "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
-        raise ValueError(f"{out} holds a run with other settings: {told}. Change them back, or choose another `out`.")
+        told = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in changed)
+        raise ValueError(
+            f"{file.parent} holds a run with other {file.stem}: {told}. Change back, or choose another `out`."
+        )
 
 
 def _flat(nested: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -179,24 +185,24 @@ def _export(trainer: RecipeTrainer, folder: Path) -> None:
         if trainer.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)
             partial.replace(folder)
-    except Exception as error:
+    except UNWRITABLE as error:
         raise OSError(f"{folder} could not be written: {error} {trainer.kept()}") from error
 
 
-def _report(trainer: RecipeTrainer, data: Any) -> dict[str, Any]:
+def _report(trainer: RecipeTrainer, facts: dict[str, Any]) -> dict[str, Any]:
     state, settings = trainer.state, trainer.settings
     losses = [{"step": row["step"], "loss": row["loss"]} for row in state.log_history if "loss" in row]
     heldout = [{"step": row["step"], "loss": row["eval_loss"]} for row in state.log_history if "eval_loss" in row]
-    tokens = settings.batch * settings.window * state.global_step
+    tokens = settings.step_tokens * state.global_step
     return {
         "settings": asdict(settings),
-        "data": data.describe(),
+        "data": facts,
         "steps": state.global_step,
         "tokens": tokens,
         "processes": trainer.args.world_size,
         "losses": losses,
         "heldout_losses": heldout,
-        "best": {"step": state.best_global_step, "loss": state.best_metric},
+        "best": {"step": state.best_global_step, "loss": state.best_metric} if heldout else None,
         "train_seconds": trainer.progress.seconds,
         "tokens_per_second": tokens / trainer.progress.seconds,
         "load_average": os.getloadavg()[0],

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import yaml
 from transformers import TrainingArguments
 
+from spikelm import SpikeLMConfig
+
 T = TypeVar("T")
 S = TypeVar("S", bound="Settings")
 
@@ -43,7 +45,7 @@ _FIXED = (
     *("batch_eval_metrics", "include_for_metrics", "prediction_loss_only", "logging_strategy"),
     *("logging_nan_inf_filter", "ignore_data_skip", "remove_unused_columns", "label_names", "label_smoothing_factor"),
     *("train_sampling_strategy", "length_column_name", "dataloader_drop_last", "average_tokens_across_devices"),
-    *("push_to_hub", "hub_strategy", "local_rank"),
+    *("accelerator_config", "use_liger_kernel", "push_to_hub", "hub_strategy", "local_rank"),
 )
 
 
@@ -56,8 +58,9 @@ class Settings:
         data: fields of `DataSettings`, `window` (tokens of a window) among them.
         tokens: budget of the whole run, in tokens of input. batch: windows of a step, over all processes.
         micro_batch: windows of a forward pass on one process. checkpoints: tokens between two checkpoints.
-        model: a model folder, a hub id or a `.gguf` file to go on from. Or, to train from nothing, config and
-            tokenizer: fields of `SpikeLMConfig`, and a folder, a hub id, or `bytes` (a token is a byte).
+        model: a model folder, a hub id or a `.gguf` file to go on from. tokenizer: to train from nothing instead: a
+            folder, a hub id, or `bytes` (a token is a byte).
+        config: fields of `SpikeLMConfig`; beside `model`, those that replace its own.
         seed: of initial values, data order, dropout and noise.
         training: further fields of transformers' `TrainingArguments`.
     """
@@ -69,8 +72,8 @@ class Settings:
     micro_batch: int
     checkpoints: int
     model: str | None = None
-    config: dict[str, Any] | None = None
     tokenizer: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -78,10 +81,14 @@ class Settings:
         for name in ("tokens", "batch", "micro_batch", "checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if (self.model is None) != (self.config is not None and self.tokenizer is not None):
-            raise ValueError("give `model` to go on from one, or `config` and `tokenizer` to train from nothing.")
-        if self.model is not None and self.config is not None:
-            raise ValueError("`config` is for training from nothing; leave it out beside `model`.")
+        if (self.model is None) == (self.tokenizer is None):
+            raise ValueError(
+                "give either `model`, to go on from it, or `tokenizer` and `config`, to train from nothing."
+            )
+        fields = {f.name for f in dataclasses.fields(SpikeLMConfig)}
+        for name in self.config:
+            if name not in fields:
+                raise ValueError(f"config.{name} is no field of SpikeLMConfig.")
         if type(self.data.get("window")) is not int or self.window < 2:
             raise ValueError(f"data.window must be an int of at least 2; got {self.data.get('window')!r}.")
         known = {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -96,13 +103,7 @@ class Settings:
     @classmethod
     def read(cls: type[S], path: str | Path) -> S:
         """The settings of a YAML file. Raises ValueError, with the file and the field, for what does not fit."""
-        path = Path(path)
-        try:
-            content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-        except FileNotFoundError as error:
-            raise ValueError(f"{path} does not exist; expected a YAML file of settings.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
+        content = read_yaml(path)
         try:
             return strict(cls, content)
         except ValueError as error:
@@ -114,9 +115,14 @@ class Settings:
         return self.data["window"]
 
     @property
+    def step_tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.window
+
+    @property
     def steps(self) -> int:
         """Steps of the optimiser that the budget pays for. Raises ValueError if it pays for none."""
-        steps = self.tokens // (self.batch * self.window)
+        steps = self.tokens // self.step_tokens
         if not steps:
             raise ValueError(
                 f"tokens ({self.tokens}) is less than one step: batch ({self.batch}) times window ({self.window})."
@@ -132,6 +138,16 @@ class Settings:
                 f"({processes})."
             )
         return passes
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file. Raises ValueError if there is none."""
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist; expected a YAML file of settings.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
 
 
 def strict(cls: type[T], mapping: Any, prefix: str = "") -> T:

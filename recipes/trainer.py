@@ -11,12 +11,13 @@ What is logged covers the steps since the last log. A checkpoint is always a poi
 half summed up when it is written, and a run that goes on from it logs what an undisturbed one logs.
 """
 
+import json
 import math
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from spikelm import SpikeStatistics, spike_groups
-from spikelm.recipes.checkpoints import Checkpoints
+from spikelm import SpikeLMForCausalLM, SpikeStatistics, spike_groups
+from spikelm.conversion.sources import quiet
+from spikelm.kernels.linear_loss import linear_cross_entropy
+from spikelm.recipes.checkpoints import UNWRITABLE, Checkpoints
 
 IGNORED = -100
+STREAM = "stream.json"
 
 
 class MatrixDecayTrainer(Trainer):
@@ -77,8 +81,29 @@ class RecipeTrainer(MatrixDecayTrainer):
             inputs: `input_ids`, `labels`, `position_ids`, each `[B, T]` int64.
         """
         rest = {name: value for name, value in inputs.items() if name != "labels"}
+        targets = shifted(inputs["labels"])
+        if self.fused:
+            softcap = self.inner.config.logit_softcap
+
+            def head_loss(x: Tensor, weight: Tensor) -> Tensor:
+                return linear_cross_entropy(x, weight, targets, softcap=softcap, reduction="sum")
+
+            return {"cross_entropy": model(**rest, use_cache=False, head_loss=head_loss).loss}
         logits = model(**rest, use_cache=False).logits
-        return {"cross_entropy": cross_entropy(logits, inputs["labels"])}
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return {"cross_entropy": loss}
+
+    @property
+    def inner(self) -> nn.Module:
+        """The model that the recipe loaded, without the wrappers of accelerate and peft."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def fused(self) -> bool:
+        """Whether the loss is taken from hidden states, a few tokens at a time, so that logits are never all there."""
+        return isinstance(self.inner, SpikeLMForCausalLM) and not self.inner.config.head_bias
 
     def compute_loss(
         self,
@@ -90,15 +115,16 @@ class RecipeTrainer(MatrixDecayTrainer):
         """All terms over the tokens of the step, times the number of processes."""
         with self._watching():
             terms = self.token_losses(model, inputs)
-        scale = self.accelerator.num_processes / num_items_in_batch
+        # Each divided in its own precision: 1 / N would be float32.
+        terms = {name: term * self.accelerator.num_processes / num_items_in_batch for name, term in terms.items()}
         for name, term in terms.items():
-            self._sums[name] = self._sums.get(name, 0) + term.detach() * scale
-        return torch.stack([*terms.values()]).sum() * scale
+            self._sums[name] = self._sums.get(name, 0) + term.detach()
+        return torch.stack([*terms.values()]).sum()
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
         """The micro-batches of a step, and N."""
         batches = list(islice(epoch_iterator, num_batches))
-        items = torch.stack([counting(batch["labels"]).sum() for batch in batches]).sum().to(device)
+        items = torch.stack([counted(batch["labels"]) for batch in batches]).sum().to(device)
         return batches, self.accelerator.reduce(items, "sum").clamp(min=1)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -152,10 +178,12 @@ class RecipeTrainer(MatrixDecayTrainer):
                 terms = self.token_losses(model, inputs)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.double().cpu()
-            tokens += counting(inputs["labels"]).sum().cpu()
+            tokens += counted(inputs["labels"]).cpu()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         totals = torch.stack([tokens, *sums.values()]).to(self.args.device)
         tokens, *values = self.accelerator.reduce(totals, "sum").tolist()
+        if not tokens:
+            raise ValueError("No token of the held-out data counts: all of its labels are -100.")
         metrics = {f"{metric_key_prefix}_loss": sum(values) / tokens}
         if len(sums) > 1:
             metrics |= {f"{metric_key_prefix}_{name}": value / tokens for name, value in zip(sums, values)}
@@ -163,12 +191,33 @@ class RecipeTrainer(MatrixDecayTrainer):
 
     # Checkpoints
 
+    def resume(self) -> int:
+        """Train, from the newest whole checkpoint on if there is one; returns its step, or 0."""
+        if self.args.should_save:
+            self.checkpoints.clean()
+        self.accelerator.wait_for_everyone()
+        if not (steps := self.checkpoints.steps()):
+            self.train()
+            return 0
+        folder = self.checkpoints.path(steps[-1])
+        if isinstance(self.train_dataset, Bounded):
+            self.train_dataset.resume((folder / STREAM).read_text())
+        self.train(resume_from_checkpoint=str(folder))
+        return steps[-1]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # What is tied is stored once. Anything else that lacks would be trained on from its initial value.
+        tied = set(getattr(self.inner, "all_tied_weights_keys", None) or ())
+        if wrong := sorted({*load_result.missing_keys} - tied) + sorted(load_result.unexpected_keys):
+            raise ValueError(f"The checkpoint is of another model: {', '.join(wrong[:4])} are not in both.")
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
         folder = self.checkpoints.staging(step)
         try:
             self.store_flos()
-            self.save_model(str(folder), _internal_call=True)
+            with quiet():
+                self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
@@ -176,11 +225,13 @@ class RecipeTrainer(MatrixDecayTrainer):
                 for callback in self._exportable():
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
                 self.state.save_to_json(str(folder / "trainer_state.json"))
+                if isinstance(self.train_dataset, Bounded):
+                    (folder / STREAM).write_text(self.train_dataset.state(step * self.settings.batch))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.checkpoints.commit(step, self.state.best_global_step)
             self.accelerator.wait_for_everyone()
-        except Exception as error:  # what is full or broken speaks as OSError, SafetensorError or RuntimeError
+        except UNWRITABLE as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(f"The checkpoint of step {step} could not be written: {error} {self.kept()}") from error
 
@@ -196,7 +247,8 @@ class RecipeTrainer(MatrixDecayTrainer):
 
     def export(self, folder: str) -> None:
         """Write the trained model as a complete model folder."""
-        self.save_model(folder, _internal_call=True)
+        with quiet():
+            self.save_model(folder, _internal_call=True)
 
     # What is logged
 
@@ -204,6 +256,10 @@ class RecipeTrainer(MatrixDecayTrainer):
         """Add the means of the terms, tokens per second and spikes to what Trainer logs of the last steps."""
         if "loss" in logs:
             logs |= self._terms() | self.progress.speed() | self._spike_metrics()
+        if "train_loss" in logs:  # Trainer's would be of this session alone
+            points = [(row["step"], row["loss"]) for row in self.state.log_history if "loss" in row]
+            spans = [step - before for (step, _), (before, _) in zip(points, [(0, 0.0), *points])]
+            logs["train_loss"] = sum(n * loss for n, (_, loss) in zip(spans, points)) / sum(spans)
         super().log(logs, start_time)
 
     def _terms(self) -> dict[str, float]:
@@ -285,8 +341,8 @@ class Progress(TrainerCallback, ExportableState):
         """Tokens per second since the last log; starts a new count."""
         steps, seconds = self.new_steps(), self.seconds - self._logged
         self._logged, self._at = self.seconds, self.trainer.state.global_step
-        per_step = self.trainer.settings.tokens / self.trainer.args.max_steps
-        return {"tokens_per_second": steps * per_step / seconds}
+        tokens = self.trainer.settings.step_tokens
+        return {"tokens": self._at * tokens, "tokens_per_second": steps * tokens / seconds}
 
 
 class Bar(ProgressCallback):
@@ -311,6 +367,36 @@ def _logs(step: int, args: Any, state: Any) -> bool:
     return step % state.logging_steps == 0 or _saves(step, state) or (step == 1 and args.logging_first_step)
 
 
+class Bounded(IterableDataset):
+    """The first `total` items of a stream without end, as `state_dict` and `load_state_dict` of `Stream` know it.
+
+    Trainer goes on by skipping what was trained on. After `resume`, those items are blanks that nobody reads, and the
+    stream itself stands behind them.
+    """
+
+    def __init__(self, stream: Any, total: int, window: int):
+        self.stream, self.total, self.skipped = stream, total, 0
+        self._blank = torch.zeros(window, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        blank = dict.fromkeys(("input_ids", "labels", "position_ids"), self._blank)
+        yield from repeat(blank, self.skipped)
+        yield from islice(self.stream, self.total - self.skipped)
+
+    def state(self, items: int) -> str:
+        """What a checkpoint keeps after so many items."""
+        return json.dumps({"items": items, "stream": self.stream.state_dict(items)})
+
+    def resume(self, state: str) -> None:
+        """Go on where `state` was taken."""
+        stored = json.loads(state)
+        self.skipped = stored["items"]
+        self.stream.load_state_dict(stored["stream"])
+
+
 class Filled(Dataset):
     """A data set, and copies of its first item without labels up to a multiple of `full` items."""
 
@@ -327,13 +413,11 @@ class Filled(Dataset):
         return first | {"labels": torch.full_like(torch.as_tensor(first["labels"]), IGNORED)}
 
 
-def counting(labels: Tensor) -> Tensor:
-    """`[B, T]` labels -> `[B, T - 1]` bool: which predictions count."""
-    return labels[:, 1:] != IGNORED
+def shifted(labels: Tensor) -> Tensor:
+    """`[B, T]` labels -> `[B, T]` targets: what each token predicts is the label of the next one, the last nothing."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over the tokens that count of -log p(token), in nats; `[B, T, vocab]` and `[B, T]`, float32 or wider."""
-    logits = logits[:, :-1].flatten(0, 1)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+def counted(labels: Tensor) -> Tensor:
+    """How many predictions of `[B, T]` labels count: a 0-d int64 tensor."""
+    return (labels[:, 1:] != IGNORED).sum()
