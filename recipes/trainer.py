@@ -85,8 +85,8 @@ class RecipeTrainer(MatrixDecayTrainer):
         if self.fused:
             softcap = self.inner.config.logit_softcap
 
-            def head_loss(x: Tensor, weight: Tensor) -> Tensor:
-                return linear_cross_entropy(x, weight, targets, softcap=softcap, reduction="sum")
+            def head_loss(x: Tensor, head: nn.Linear) -> Tensor:
+                return linear_cross_entropy(x, head.weight, targets, softcap=softcap, reduction="sum")
 
             return {"cross_entropy": model(**rest, use_cache=False, head_loss=head_loss).loss}
         logits = model(**rest, use_cache=False).logits
@@ -124,7 +124,7 @@ class RecipeTrainer(MatrixDecayTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
         """The micro-batches of a step, and N."""
         batches = list(islice(epoch_iterator, num_batches))
-        items = torch.stack([counted(batch["labels"]) for batch in batches]).sum().to(device)
+        items = torch.stack([counting(batch["labels"]).sum() for batch in batches]).sum().to(device)
         return batches, self.accelerator.reduce(items, "sum").clamp(min=1)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -178,7 +178,7 @@ class RecipeTrainer(MatrixDecayTrainer):
                 terms = self.token_losses(model, inputs)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.double().cpu()
-            tokens += counted(inputs["labels"]).cpu()
+            tokens += counting(inputs["labels"]).sum().cpu()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         totals = torch.stack([tokens, *sums.values()]).to(self.args.device)
         tokens, *values = self.accelerator.reduce(totals, "sum").tolist()
@@ -418,6 +418,6 @@ def shifted(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
-def counted(labels: Tensor) -> Tensor:
-    """How many predictions of `[B, T]` labels count: a 0-d int64 tensor."""
-    return (labels[:, 1:] != IGNORED).sum()
+def counting(labels: Tensor) -> Tensor:
+    """`[B, T]` labels -> `[B, T - 1]` bool: which tokens predict one that counts."""
+    return labels[:, 1:] != IGNORED

@@ -231,7 +231,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         past_key_values: SpikeCache | None = None,
-        head_loss: Callable[[Tensor, Tensor], Any] | None = None,
+        head_loss: Callable[[Tensor, nn.Linear], Any] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` (-100: ignored) are given.
@@ -240,12 +240,9 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
 
         Args:
             logits_to_keep: only for the last n tokens, or for the given indices.
-            head_loss: called in place of the head, with the last hidden states `[B, T, hidden]` and the weight of the
-                head `[vocab, hidden]`; what it returns is the loss, and there are no logits. Called here, where a model
-                whose parameters are sharded holds all of that weight.
-
-        Raises:
-            ValueError: `head_loss` for a head with a bias, which it would not see.
+            head_loss: called with the last hidden states `[B, T, hidden]` and the head, instead of the head; what it
+                returns is the loss, and there are no logits. In here, a model whose parameters are sharded holds the
+                whole weight of the head.
         """
         out = self.model(
             input_ids=input_ids,
@@ -257,9 +254,7 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         if head_loss is not None:
-            if self.config.head_bias:
-                raise ValueError("head_loss would not see the bias of this head; compute the loss from the logits.")
-            loss = head_loss(out.last_hidden_state, self.lm_head.weight)
+            loss = head_loss(out.last_hidden_state, self.lm_head)
             return CausalLMOutputWithPast(loss=loss, hidden_states=out.hidden_states, attentions=out.attentions)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])

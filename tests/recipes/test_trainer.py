@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from spikelm import SpikeLMForCausalLM, SpikeStatistics
 from spikelm.recipes import run as runs
 from spikelm.recipes.run import load, run
-from spikelm.recipes.trainer import Filled, RecipeTrainer, counted, shifted
+from spikelm.recipes.trainer import Filled, RecipeTrainer, counting, shifted
 from tests.recipes.tiny_run import WINDOW, Data, Windows, tiny_data, tiny_settings
 
 
@@ -72,7 +72,7 @@ def test_in_float32_too_and_by_logits_as_by_hidden_states(tmp_path):
 def test_targets_are_the_next_labels():
     labels = torch.tensor([[-100, 5, 6, -100], [1, 2, 3, 4]])
     assert shifted(labels).tolist() == [[5, 6, -100, -100], [2, 3, 4, -100]]
-    assert counted(labels) == 5
+    assert torch.equal(counting(labels), shifted(labels)[:, :-1] != -100)
 
 
 class TwoTerms(RecipeTrainer):
@@ -105,7 +105,7 @@ def test_heldout_loss_is_the_mean_over_tokens_of_all_windows(tmp_path):
     for item in (Windows(5, seed=2)[i] for i in range(5)):
         logits = model(item["input_ids"][None], position_ids=item["position_ids"][None]).logits[0, :-1]
         total += F.cross_entropy(logits, item["labels"][1:], reduction="sum").item()
-        tokens += counted(item["labels"][None]).item()
+        tokens += counting(item["labels"][None]).sum().item()
     assert report["heldout_losses"][-1]["loss"] == pytest.approx(total / tokens, rel=1e-5)
     best = min(report["heldout_losses"], key=lambda point: point["loss"])
     assert report["best"] == best
@@ -114,8 +114,8 @@ def test_heldout_loss_is_the_mean_over_tokens_of_all_windows(tmp_path):
 def test_filled_up_windows_carry_no_label():
     filled = Filled(Windows(5, seed=2), 4)
     assert len(filled) == 8
-    assert all(counted(filled[i]["labels"][None]) for i in range(5))
-    assert not any(counted(filled[i]["labels"][None]) for i in range(5, 8))
+    assert all(counting(filled[i]["labels"][None]).any() for i in range(5))
+    assert not any(counting(filled[i]["labels"][None]).any() for i in range(5, 8))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
