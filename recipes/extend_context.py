@@ -3,20 +3,21 @@
     spikelm train extend_context recipes/extend_context.yaml
     accelerate launch -m spikelm.recipes.extend_context recipes/extend_context.yaml
 
-A stage is the settings above it, changed: longer windows of the data (and fewer of them in a step), and in the
-configuration what depends on length. Positions: a larger `rope_theta` turns the slow frequencies slower, so that
-128k positions fall within angles like those of the stage before; or `rope_type: yarn`, and so on, with its factors.
-Attention: a wider `attention_window`, where windows slide. Recurrent layers have no limit to raise, but learn to
-remember longer.
+A stage is the settings above it, changed: longer windows of data, fewer of them in a step, and the fields of the
+configuration that depend on length. Where attention rotates positions, a larger `rope_theta` (or another `rope_type`
+with its factors) keeps far positions within angles that the model knows; where windows slide, `attention_window` may
+grow. Recurrent layers have no limit to raise: they learn to remember longer.
 
-Stages run one after the other, each from the result of the one before, in `out/stage-1`, `out/stage-2`, ...; the last
-one in `out` itself. Started again, finished stages are skipped and the interrupted one goes on.
+Stages run one after the other, each from the result of the one before: in `out/stage-1`, `out/stage-2`, ..., the last
+one in `out` itself. Started again, finished stages are passed by and the interrupted one goes on.
 """
 
 from pathlib import Path
 from typing import Any
 
-from spikelm.recipes.run import command, run
+from spikelm.loading import changed, read_config
+from spikelm.recipes.data import DataSettings
+from spikelm.recipes.run import command, run, training_arguments
 from spikelm.recipes.settings import Settings, read_yaml, strict
 
 
@@ -25,6 +26,8 @@ def stages(path: Path) -> list[Settings]:
     shared = read_yaml(path)
     if not isinstance(shared, dict) or not isinstance(listed := shared.pop("stages", None), list) or not listed:
         raise ValueError(f"{path}: stages must be a list of settings, at least one.")
+    if not isinstance(shared.get("out"), str):
+        raise ValueError(f"{path}: out must be a folder.")
     settings: list[Settings] = []
     for number, changes in enumerate(listed, 1):
         try:
@@ -39,7 +42,7 @@ def stages(path: Path) -> list[Settings]:
             if settings:
                 fields |= {"model": f"{settings[-1].out}/model"}
             if number < len(listed):
-                fields |= {"out": f"{shared.get('out')}/stage-{number}"}
+                fields |= {"out": f"{shared['out']}/stage-{number}"}
             settings.append(strict(Settings, fields))
         except ValueError as error:
             raise ValueError(f"{path}, stage {number}: {error}") from error
@@ -48,7 +51,20 @@ def stages(path: Path) -> list[Settings]:
 
 def train(config: Path) -> dict[str, Any]:
     """Train on longer and longer windows, in the stages of CONFIG, a YAML file."""
-    return [run(settings) for settings in stages(config)][-1]
+    settings = stages(config)
+    check(settings)
+    return [run(stage) for stage in settings][-1]
+
+
+def check(settings: list[Settings]) -> None:
+    """Raise ValueError or StrictDataclassError for a mistake of a later stage, before the first one takes hours."""
+    first = Path(settings[0].model or "")
+    model = read_config(first) if first.joinpath("config.json").is_file() else None
+    for stage in settings:
+        DataSettings.of(stage.data)
+        training_arguments(stage)
+        if model is not None:
+            model = changed(model, stage.config)
 
 
 main = command(train)

@@ -34,6 +34,7 @@ from transformers.trainer_utils import set_seed
 
 import spikelm
 from spikelm import SpikeLMConfig, SpikeLMForCausalLM
+from spikelm.conversion.checkpoints import reason
 from spikelm.loading import load_model
 from spikelm.recipes.checkpoints import UNWRITABLE, write_whole
 from spikelm.recipes.settings import Settings
@@ -72,7 +73,7 @@ def run(
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         _say(f"{out} is finished: {report['steps']} steps, {report['tokens']} tokens. For another run, change `out`.")
         return report
-    arguments = _arguments(settings)
+    arguments = training_arguments(settings)
     main = PartialState().is_main_process
     set_seed(settings.seed)
     model, tokenizer = load(settings)
@@ -115,13 +116,21 @@ def load(settings: Settings) -> tuple[PreTrainedModel, Any]:
     """The model to train, in float32, and its tokenizer."""
     if settings.model is not None:
         return load_model(settings.model, dtype=torch.float32, changes=settings.config, progress=False)
-    if settings.tokenizer == "bytes":
-        tokenizer = ByT5Tokenizer(extra_ids=0)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+    tokenizer = _tokenizer(str(settings.tokenizer))
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = SpikeLMConfig(**{"vocab_size": len(tokenizer), **special, **settings.config})
     return SpikeLMForCausalLM(config), tokenizer
+
+
+def _tokenizer(name: str) -> Any:
+    if name == "bytes":
+        return ByT5Tokenizer(extra_ids=0)
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise ValueError(f"tokenizer {name} does not exist; expected a folder, a hub id (owner/name), or `bytes`.")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"tokenizer {name} cannot be read: {reason(error)}") from error
 
 
 def _texts(settings: Settings, tokenizer: Any) -> Any:
@@ -130,7 +139,8 @@ def _texts(settings: Settings, tokenizer: Any) -> Any:
     return load_data(DataSettings.of(settings.data), tokenizer, settings.seed)
 
 
-def _arguments(settings: Settings) -> TrainingArguments:
+def training_arguments(settings: Settings) -> TrainingArguments:
+    """Trainer's arguments that the settings amount to. Raises ValueError for what does not fit."""
     save = max(1, settings.checkpoints // settings.step_tokens)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # asked for before the processes have met
     given = {"logging_steps": max(1, settings.steps // 100), "dataloader_pin_memory": torch.cuda.is_available()}

@@ -91,14 +91,15 @@ class Settings:
                 raise ValueError(f"config.{name} is no field of SpikeLMConfig.")
         if type(self.data.get("window")) is not int or self.window < 2:
             raise ValueError(f"data.window must be an int of at least 2; got {self.data.get('window')!r}.")
-        known = {f.name for f in dataclasses.fields(TrainingArguments)}
-        for name in self.training:
+        known = typing.get_type_hints(TrainingArguments)
+        for name, value in self.training.items():
             if name in _OURS:
                 raise ValueError(f"training.{name} follows from `{_OURS[name]}`; leave it out.")
             if name in _FIXED:
                 raise ValueError(f"training.{name} is set by the recipe; leave it out.")
             if name not in known:
                 raise ValueError(f"training.{name} is no field of transformers' TrainingArguments.")
+            _check(f"training.{name}", value, known[name])
 
     @classmethod
     def read(cls: type[S], path: str | Path) -> S:
@@ -166,10 +167,14 @@ def strict(cls: type[T], mapping: Any, prefix: str = "") -> T:
             raise ValueError(f"field {prefix}{name} is missing.")
     hints = typing.get_type_hints(cls)
     for name, value in mapping.items():
-        if not _fits(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", None) if isinstance(hints[name], type) else str(hints[name])
-            raise ValueError(f"{prefix}{name} must be {wanted}; got {value!r}.")
+        _check(f"{prefix}{name}", value, hints[name])
     return cls(**mapping)
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    if not _fits(value, hint):
+        wanted = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else hint
+        raise ValueError(f"{name} must be {wanted}; got {value!r}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:

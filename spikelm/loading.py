@@ -59,14 +59,18 @@ def read_config(folder: Path) -> SpikeLMConfig:
         raise ValueError(f"{folder}/config.json is not a spikelm configuration: {reason(error)}") from error
 
 
+def changed(config: SpikeLMConfig, changes: dict[str, Any]) -> SpikeLMConfig:
+    """A configuration with other values of some fields. Raises ValueError for fields that there are not."""
+    fields = config.to_dict()
+    if unknown := sorted(changes.keys() - fields.keys()):
+        raise ValueError(f"SpikeLMConfig has no field {unknown[0]}.")
+    return SpikeLMConfig.from_dict(fields | changes) if changes else config
+
+
 def _load_spiking(
     folder: Path, dtype: torch.dtype | None, changes: dict[str, Any], progress: bool
 ) -> tuple[PreTrainedModel, Any]:
-    config = read_config(folder)
-    if unknown := sorted(changes.keys() - config.to_dict().keys()):
-        raise ValueError(f"SpikeLMConfig has no field {unknown[0]}.")
-    if changes:
-        config = SpikeLMConfig.from_dict(config.to_dict() | changes)
+    config = changed(read_config(folder), changes)
     tensors = read_checkpoint(folder, progress)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else next(iter(tensors.values())).dtype
     model = _filled(SpikeLMForCausalLM, config, tensors, dtype or stored, str(folder))

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from transformers import TrainerCallback
 
 from spikelm import SpikeLMForCausalLM, SpikeStatistics
-from spikelm.recipes import run as runs
-from spikelm.recipes.run import load, run
+from spikelm.recipes.run import load, run, training_arguments
 from spikelm.recipes.trainer import Filled, RecipeTrainer, counting, shifted
 from tests.recipes.tiny_run import WINDOW, Data, Windows, tiny_data, tiny_settings
 
@@ -192,4 +191,4 @@ def test_without_held_out_text_there_is_no_best(tmp_path):
 def test_several_processes_must_share_a_batch_evenly(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"batch \(4\) must be a multiple of micro_batch \(2\) times processes \(3\)"):
-        runs._arguments(tiny_settings(tmp_path / "out"))
+        training_arguments(tiny_settings(tmp_path / "out"))
