@@ -47,9 +47,8 @@ class Checkpoints:
     def commit(self, step: int, best: int | None) -> None:
         """Make a staged checkpoint the newest one; then remove all but the newest and the best."""
         staging = self.staging(step)
+        sync_all(staging)
         files = sorted(path for path in staging.rglob("*") if path.is_file())
-        for path in files:
-            _sync(path)
         manifest = {"step": step, "files": {str(p.relative_to(staging)): p.stat().st_size for p in files}}
         write_whole(staging / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         staging.replace(self.path(step))
@@ -78,6 +77,12 @@ def write_whole(path: Path, text: str) -> None:
     _sync(partial)
     partial.replace(path)
     _sync(path.parent)
+
+
+def sync_all(folder: Path) -> None:
+    """Have the disk hold a folder and all that is in it."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -36,13 +36,15 @@ import spikelm
 from spikelm import SpikeLMConfig, SpikeLMForCausalLM
 from spikelm.conversion.checkpoints import reason
 from spikelm.loading import load_model
-from spikelm.recipes.checkpoints import UNWRITABLE, write_whole
+from spikelm.recipes.checkpoints import UNWRITABLE, sync_all, write_whole
 from spikelm.recipes.settings import Settings
 from spikelm.recipes.trainer import Bounded, RecipeTrainer
 
 MISTAKES = (ValueError, OSError, FloatingPointError, StrictDataclassError)
-# A run may go on with other values of these: they change neither data nor gradients beyond rounding.
-HARMLESS = ("out", "micro_batch", "training.report_to", "training.run_name", "training.disable_tqdm")
+# A run may go on with other values of these: they change neither data nor, beyond rounding and what dropout draws, the
+# gradient of a step.
+_HARMLESS = ("report_to", "run_name", "disable_tqdm", "log_level", "dataloader_num_workers", "dataloader_pin_memory")
+HARMLESS = ("out", "micro_batch", *(f"training.{name}" for name in _HARMLESS))
 
 
 def run(
@@ -193,9 +195,11 @@ def _export(trainer: RecipeTrainer, folder: Path) -> None:
         trainer.export(str(partial))
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
+            sync_all(partial)
             shutil.rmtree(folder, ignore_errors=True)
             partial.replace(folder)
     except UNWRITABLE as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"{folder} could not be written: {error} {trainer.kept()}") from error
 
 
@@ -215,6 +219,8 @@ def _report(trainer: RecipeTrainer, facts: dict[str, Any]) -> dict[str, Any]:
         "best": {"step": state.best_global_step, "loss": state.best_metric} if heldout else None,
         "train_seconds": trainer.progress.seconds,
         "tokens_per_second": tokens / trainer.progress.seconds,
+        "device": str(trainer.args.device),
+        "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "versions": {m.__name__: m.__version__ for m in (spikelm, torch, transformers, accelerate)},
     }

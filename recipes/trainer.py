@@ -131,7 +131,7 @@ class RecipeTrainer(MatrixDecayTrainer):
         # Last look before the optimiser moves the weights. A scaler of float16 skips steps whose gradients overflow.
         norm = super()._get_grad_norm(model, grad_norm)
         bad = not torch.isfinite(self._tr_loss)
-        if bad or (self.accelerator.scaler is None and not math.isfinite(norm)):
+        if bad or (self.accelerator.scaler is None and norm is not None and not math.isfinite(norm)):
             step = self.state.global_step + 1
             what = f"the loss is {self._tr_loss.item()}" if bad else f"the norm of the gradient is {float(norm)}"
             raise FloatingPointError(
@@ -152,9 +152,7 @@ class RecipeTrainer(MatrixDecayTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Held-out windows, filled up with windows without labels to the same number of full batches everywhere."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(dataset, IterableDataset):
-            dataset = Filled(dataset, self.args.eval_batch_size * self.args.world_size)
-        return super().get_eval_dataloader(dataset)
+        return super().get_eval_dataloader(Filled(dataset, self.args.eval_batch_size * self.args.world_size))
 
     def evaluation_loop(
         self,

@@ -1,11 +1,13 @@
 """What a step minimises, however it is split; what is logged; what stops a run."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from spikelm import SpikeLMForCausalLM, SpikeStatistics
@@ -66,6 +68,18 @@ def test_in_float32_too_and_by_logits_as_by_hidden_states(tmp_path):
         other, *_ = one_step(tmp_path / name, *given)
         for key in one:
             torch.testing.assert_close(other[key], one[key], rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_is_autocast_over_float32_weights(tmp_path):
+    wide, *_ = one_step(tmp_path / "float32", 16, torch.float32)
+    narrow, _, report = one_step(tmp_path / "bf16", 16, torch.float32, bf16=True)
+    for key in wide:
+        assert narrow[key].dtype == torch.float32
+    apart = sum((narrow[key] - wide[key]).square().sum() for key in wide).sqrt()
+    size = sum(wide[key].square().sum() for key in wide).sqrt()
+    assert 1e-4 < apart / size < 0.2
+    saved = load_file(tmp_path / "bf16" / "model" / "model.safetensors")
+    assert all(t.dtype == torch.float32 for t in saved.values()) and report["losses"][0]["loss"] > 0
 
 
 def test_targets_are_the_next_labels():
@@ -166,9 +180,11 @@ def test_matrices_decay_and_nothing_else(tmp_path):
     assert set(seen) == {0.0, 0.1} and min(seen[0.1]) == 2 and max(seen[0.0]) == 1
 
 
-def test_the_result_is_a_complete_model_folder(tmp_path):
+def test_the_result_is_a_complete_model_folder_and_a_bar_shows_the_way(tmp_path, capsys):
     out = tmp_path / "out"
-    report = run(tiny_settings(out), data=tiny_data)
+    settings = tiny_settings(out)
+    report = run(replace(settings, training=settings.training | {"disable_tqdm": False}), data=tiny_data)
+    assert re.search(r"12/12 .*it/s, [\d,]+ tokens/s, \d+\.\d% silent", capsys.readouterr().err)
     names = {path.name for path in (out / "model").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"} <= names
     assert SpikeLMForCausalLM.from_pretrained(out / "model").config.use_cache
