@@ -100,16 +100,17 @@ def run(
         data_collator=default_data_collator,
         callbacks=list(callbacks),
     )
+    model.config.use_cache = use_cache  # Trainer has switched it off, also for whoever loads what it saves
     if main:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "settings.json", json.dumps(asdict(settings), indent=1) + "\n")
         write_whole(out / "data.json", json.dumps(facts, indent=1) + "\n")
     trainer.resume()
-    model.config.use_cache = use_cache  # Trainer switches it off
     _export(trainer, out / "model")
     report = _report(trainer, facts)
     if main:
         write_whole(out / "report.json", json.dumps(report, indent=1) + "\n")
+        _say(f"Wrote {out / 'model'} and {out / 'report.json'}.")
     trainer.accelerator.wait_for_everyone()
     return report
 

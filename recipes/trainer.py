@@ -287,6 +287,8 @@ class RecipeTrainer(MatrixDecayTrainer):
         sums = self.accelerator.reduce(self._spikes.to(self.args.device), "sum").tolist()
         self._spikes = None
         inputs, silent, reads, silent_reads, spikes = sums
+        if not inputs:  # sites that hand on something else, such as real values, code nothing
+            return {}
         shares = {"silent_share": silent / inputs, "firing_rate_unary": spikes / inputs}
         return shares | ({"silent_share_reads": silent_reads / reads} if reads else {})
 
@@ -321,10 +323,10 @@ class Progress(TrainerCallback, ExportableState):
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
-        if _saves(state.global_step, state):
-            control.should_save = True
+        if control.should_save or _saves(state.global_step, state):
+            control.should_save = control.should_log = True
             control.should_evaluate = self.trainer.eval_dataset is not None
-        control.should_log = _logs(state.global_step, args, state)
+        control.should_log |= _logs(state.global_step, args, state)
 
     def _pause(self, *_: Any, **__: Any) -> None:
         self._mark = time.perf_counter()

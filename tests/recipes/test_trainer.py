@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
-from spikelm import SpikeLMForCausalLM, SpikeStatistics
+from spikelm import SpikeLMForCausalLM, SpikeStatistics, spike_groups
 from spikelm.recipes.run import load, run, training_arguments
 from spikelm.recipes.trainer import Filled, RecipeTrainer, counting, shifted
 from tests.recipes.tiny_run import WINDOW, Data, Windows, tiny_data, tiny_settings
@@ -143,6 +144,40 @@ def test_spikes_are_those_of_one_micro_batch(tmp_path, checkpointing):
     assert first["silent_share"] == pytest.approx(summary["silent_share"], rel=1e-3)
     assert first["firing_rate_unary"] == pytest.approx(summary["firing_rate"]["unary"], rel=1e-3)
     assert not any(group.site.observers for group in statistics.groups)
+
+
+def test_sites_that_code_nothing_are_no_metric(tmp_path):
+    def silenced(model, *_):
+        for group in spike_groups(model):
+            group.site.substitute = lambda x: x
+        return model
+
+    report = run(tiny_settings(tmp_path / "out", tokens=4 * WINDOW), prepare=silenced, data=tiny_data)
+    assert report["steps"] == 1
+
+
+class Stateful(TrainerCallback, ExportableState):
+    """Counts steps, and asks for a checkpoint at a step that has none."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def state(self):
+        return {"args": {}, "attributes": {"steps": self.steps}}
+
+    def on_step_end(self, args, state, control, **_):
+        self.steps += 1
+        control.should_save = state.global_step == 5
+
+
+def test_callbacks_keep_their_state_and_may_ask_for_a_checkpoint(tmp_path):
+    settings, callbacks = tiny_settings(tmp_path / "out"), [Stateful(), Stateful()]
+    with pytest.raises(FloatingPointError, match="The checkpoint of step 5 is whole"):
+        run(settings, Broken, data=tiny_data, callbacks=callbacks[:1])
+    run(settings, data=tiny_data, callbacks=callbacks[1:])
+    assert callbacks[1].steps == 12
+    state = json.loads((tmp_path / "out" / "checkpoints" / "step-12" / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "loss" in row] == [3, 4, 5, 6, 8, 9, 12]
 
 
 class Broken(RecipeTrainer):
