@@ -180,8 +180,7 @@ def stored(part: Any, encode: Any) -> "StoredDocuments":
     Raises:
         ValueError: a document that cannot be read or encoded, or none at all. Nothing is kept then.
     """
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
+    datasets = library()
 
     def generate() -> Iterator[dict[str, Any]]:
         found = False
@@ -200,7 +199,7 @@ def stored(part: Any, encode: Any) -> "StoredDocuments":
             features=datasets.Features(columns),
             fingerprint=digest(str(_VERSION), part.key, encode.key)[:32],
         )
-    except DatasetGenerationError as error:
+    except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None
     return StoredDocuments(dataset)
 
@@ -225,6 +224,15 @@ class StoredDocuments:
             for name in self._dataset.column_names
         ]
         return Document(parts[0].astype(np.int64), *parts[1:])
+
+
+def library() -> Any:
+    """The module `datasets`, which takes a second to import. Raises ValueError if it is not installed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("recipes read their data through `datasets`: pip install 'spikelm[train]'.") from error
+    return datasets
 
 
 def value_digest(value: Any) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from spikelm.recipes.documents import files_key, rows, value_digest
+from spikelm.recipes.documents import files_key, library, rows, value_digest
 from spikelm.recipes.settings import strict
 
 
@@ -72,10 +72,8 @@ class Files:
 
     def stream(self, order: np.random.Generator) -> Any:
         """An `IterableDataset` of rows `{"origin", "value"}`, the files in an order of their own."""
-        import datasets
-
         files = [self.files[i] for i in order.permutation(len(self.files))]
-        return datasets.IterableDataset.from_generator(
+        return library().IterableDataset.from_generator(
             _rows_as_dicts, gen_kwargs={"files": files, "field": self._field}
         )
 
@@ -125,9 +123,7 @@ class Hub:
         return named.filter(lambda row: row["value"] is not None)
 
     def _load(self, streaming: bool) -> Any:
-        import datasets
-
-        source = self._source
+        datasets, source = library(), self._source
         try:
             dataset = datasets.load_dataset(source.hub, source.name, split=self._split, streaming=streaming)
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:

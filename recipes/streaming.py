@@ -165,7 +165,7 @@ class Stream(IterableDataset):
         if items == sum(self._begin["taken"]):
             return copy.deepcopy(self._begin)
         if items not in self._states:
-            raise ValueError(f"the stream's state after {items} items is not known: ask within 4,096 items.")
+            raise ValueError(f"the stream's state after {items} items is not known: it keeps the last {_REMEMBERED}.")
         return copy.deepcopy(self._states[items])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pickle
 from collections import Counter
 from itertools import accumulate, pairwise
 
@@ -83,6 +84,8 @@ def test_order_depends_on_seed_and_index_alone(texts):
     assert not all(same(first[i], other[i]) for i in range(len(first)))
     backwards = [load(texts).train.sized(len(longer))[i] for i in reversed(range(len(longer)))]
     assert all(same(a, longer[i]) for i, a in enumerate(reversed(backwards)))
+    sent = pickle.loads(pickle.dumps(first))  # as to a worker of a DataLoader
+    assert all(same(sent[i], first[i]) for i in range(len(first)))
     with pytest.raises(IndexError):
         first[len(first)]
 
