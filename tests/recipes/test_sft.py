@@ -1,11 +1,19 @@
 """Chats: which tokens carry loss, against examples written by hand; templates that do not say it are refused."""
 
 import json
+from importlib.resources import files
 
 import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from transformers import AutoModelForCausalLM
 
+from small_models import small_model
 from small_tokenizer import letters
+from spikelm.recipes import sft
 from spikelm.recipes.chats import ChatEncoder
+from spikelm.recipes.data import DataSettings
 from spikelm.recipes.settings import Settings
 from spikelm.recipes.sft import load_chats
 
@@ -130,3 +138,32 @@ def test_mistakes_in_chats_name_the_file(tmp_path, cache):
         load_chats(settings(tmp_path), chatting(CHATML))
     with pytest.raises(ValueError, match="leave it out"):
         load_chats(settings(tmp_path, end_of_text="<eos>"), chatting(CHATML))
+
+
+def test_the_recipe_trains_on_answers_and_the_shipped_file_fits(tmp_path, cache):
+    model, tokenizer = small_model(torch.float32, vocab_size=98, mixers="gla"), chatting(CHATML)
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    fields = {
+        "model": str(tmp_path / "model"),
+        "out": str(tmp_path / "out"),
+        "data": {"sources": [{"files": str(tmp_path / "*.jsonl")}], "window": 96, "heldout": ["b.jsonl"]},
+        **{"tokens": 5 * 96, "batch": 1, "micro_batch": 1, "checkpoints": 5 * 96},
+        "training": {"use_cpu": True, "learning_rate": 1e-2, "disable_tqdm": True, "logging_steps": 1},
+    }
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(fields))
+    report = sft.train(tmp_path / "sft.yaml")
+    (document,) = ChatEncoder(tokenizer)([CHAT])
+    with torch.no_grad():
+        logits = model(torch.from_numpy(document.ids)[None]).logits[0, :-1]
+    learned = torch.from_numpy(document.learned)[1:]
+    by_hand = F.cross_entropy(logits[learned], torch.from_numpy(document.ids)[1:][learned])
+    assert report["losses"][0]["loss"] == pytest.approx(by_hand.item(), abs=1e-4)
+    assert report["losses"][-1]["loss"] < 0.9 * report["losses"][0]["loss"]
+    assert report["heldout_losses"][-1]["loss"] < report["losses"][0]["loss"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").config.mixers == ["gla"] * 3
+
+    shipped = Settings.read(str(files("spikelm.recipes") / "sft.yaml"))
+    assert DataSettings.of(shipped.data).window == 1024 and shipped.steps > 100
