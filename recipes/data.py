@@ -78,18 +78,19 @@ class Data:
     Attributes:
         train: a `Mixture`, one pass long (`train.sized(n)`: as long as asked for), or a `Stream` without end.
         heldout: every held-out document once, or None.
+        facts: what `describe` knows of the sources.
     """
 
     train: Mixture | Stream
     heldout: InOrder | None
-    _facts: dict[str, Any]
+    facts: dict[str, Any]
 
     def describe(self) -> dict[str, Any]:
         """What there is, for logs and model cards: plain numbers and names, per source and in all.
 
         `epochs` of a source: how often its tokens are seen in `len(train)` windows.
         """
-        facts = {**self._facts, "sources": [dict(source) for source in self._facts["sources"]]}
+        facts = {**self.facts, "sources": [dict(source) for source in self.facts["sources"]]}
         if isinstance(self.train, Mixture):
             facts["windows"] = len(self.train)
             for fact, source, taken in zip(facts["sources"], self.train.sources, self.train.taken()):

@@ -35,15 +35,20 @@ class TextEncoder:
     Args:
         tokenizer: of transformers.
         end_of_text: a token of its vocabulary. None: its `eos_token`; without one, nothing is appended.
+
+    Raises:
+        ValueError: `end_of_text` is no token of the vocabulary.
     """
 
     field = "text"  # the column of rows that holds the text, unless a source names another
     masks = False  # whether documents say which of their tokens are learned
 
     def __init__(self, tokenizer: Any, end_of_text: str | None = None):
+        if end_of_text is not None and end_of_text not in tokenizer.get_vocab():
+            raise ValueError(f"end_of_text: {end_of_text!r} is not a token of this tokenizer; leave it out.")
         self.tokenizer = tokenizer
-        self.end = tokenizer.eos_token_id if end_of_text is None else token_id(tokenizer, end_of_text)
-        self.ends_with = None if self.end is None else tokenizer.convert_ids_to_tokens(self.end)
+        self.ends_with = end_of_text or tokenizer.eos_token
+        self.end = None if self.ends_with is None else tokenizer.convert_tokens_to_ids(self.ends_with)
         self.key = f"text {self.end} {tokenizer_key(tokenizer)}"
 
     def __call__(self, texts: list[Any]) -> list[Document]:
@@ -60,14 +65,6 @@ class TextEncoder:
 
     def _ended(self, ids: list[int]) -> list[int]:
         return ids if self.end is None or (ids and ids[-1] == self.end) else [*ids, self.end]
-
-
-def token_id(tokenizer: Any, token: str) -> int:
-    """The id of a token. Raises ValueError if the vocabulary has none of that name."""
-    vocabulary = tokenizer.get_vocab()
-    if token not in vocabulary:
-        raise ValueError(f"end_of_text: {token!r} is not a token of this tokenizer. Leave it out, or name another.")
-    return vocabulary[token]
 
 
 def tokenizer_key(tokenizer: Any) -> str:

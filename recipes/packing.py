@@ -113,7 +113,7 @@ class WholePlan(_Plan):
     def __init__(self, lengths: NDArray[np.int64], window: int, seed: list[int] | None):
         super().__init__(np.minimum(lengths, window), window, seed)
         self._first = [0]  # the first window of every epoch that was reached, and of the next one
-        self._starts: list[list[int]] = []
+        self._starts: list[list[int]] = []  # of every such epoch: `_starts_of`
 
     def windows(self) -> int:
         """Windows of the first epoch."""
@@ -129,23 +129,23 @@ class WholePlan(_Plan):
         self._reach(index)
         epoch = int(np.searchsorted(self._first, index, side="right")) - 1
         order, _ = self._order(epoch)
-        starts, at = [*self._starts[epoch], len(order)], index - self._first[epoch]
-        return [Piece(int(d), 0, int(self._lengths[d])) for d in order[starts[at] : starts[at + 1]]]
+        at = index - self._first[epoch]
+        begin, end = self._starts[epoch][at : at + 2]
+        return [Piece(int(d), 0, int(self._lengths[d])) for d in order[begin:end]]
 
     def _reach(self, index: int) -> None:
         while self._first[-1] <= index:
             starts = self._starts_of(len(self._starts))
             self._starts.append(starts)
-            self._first.append(self._first[-1] + len(starts))
+            self._first.append(self._first[-1] + len(starts) - 1)
 
     def _starts_of(self, epoch: int) -> list[int]:
-        """Place in the order of the first document of every window."""
+        """Place in the order of the first document of every window, and the end of the last one."""
         _, ends = self._order(epoch)
-        starts, place = [], 0
-        while place < len(ends):
-            starts.append(place)
-            before = ends[place - 1] if place else 0
-            place = int(np.searchsorted(ends, before + self.window, side="right"))
+        starts, before = [0], 0
+        while starts[-1] < len(ends):
+            starts.append(int(np.searchsorted(ends, before + self.window, side="right")))
+            before = int(ends[starts[-1] - 1])
         return starts
 
 
@@ -201,7 +201,7 @@ class Mixture(Dataset):
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not -len(self) <= index < len(self):
+        if not 0 <= index < len(self):
             raise IndexError(index)
         windows = self.sources[self._source[index]]
         return as_item(windows[int(self._window[index])], windows.plan.window, self._pad)

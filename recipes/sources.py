@@ -95,7 +95,7 @@ class Hub:
         share: of the documents that are held out. heldout: take these, not the others.
     """
 
-    files: list[Path] = []
+    files: tuple[Path, ...] = ()
 
     def __init__(self, source: Source, split: str, field: str, share: float = 0.0, heldout: bool = False):
         self.label = f"{source.hub}, {split}{' (held out)' if heldout else ''}"
@@ -152,13 +152,12 @@ def split(
             continue
         files = _found(source)
         for file in files:
-            if owners.setdefault(file, source.label) != source.label:
-                raise ValueError(
-                    f"{file} is in two sources, {owners[file]} and {source.label}: leave it to one of them."
-                )
+            if (owner := owners.setdefault(file.resolve(), source.label)) != source.label:
+                raise ValueError(f"{file} is in two sources, {owner} and {source.label}: leave it to one of them.")
         if isinstance(heldout, list):
-            held = {file for file in files for pattern in heldout if file.match(pattern)}
-            unused -= {pattern for pattern in heldout if any(file.match(pattern) for file in files)}
+            fits = [(file, pattern) for file in files for pattern in heldout if file.absolute().match(pattern)]
+            held = {file for file, _ in fits}
+            unused -= {pattern for _, pattern in fits}
         else:
             held = _share_of(files, heldout)
         if len(held) == len(files):
@@ -184,14 +183,14 @@ def _split_hub(source: Source, heldout: float | list[str], field: str, streaming
 
 def _found(source: Source) -> list[Path]:
     """The files of a source, each once (however it is linked), in the order of their names."""
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for pattern in source.files:
-        matches = [Path(match) for match in sorted(glob(str(Path(pattern).expanduser()), recursive=True))]
-        files = [match.resolve() for match in matches if match.is_file()]
+        matches = map(Path, sorted(glob(str(Path(pattern).expanduser()), recursive=True)))
+        files = {match.resolve(): match for match in matches if match.is_file()}
         if not files:
             raise ValueError(f"no file fits {pattern!r} (seen from {Path.cwd()}).")
-        found |= dict.fromkeys(files)
-    return list(found)
+        found = files | found
+    return sorted(found.values())
 
 
 def _share_of(files: list[Path], share: float) -> set[Path]:

@@ -103,7 +103,7 @@ class Reader:
             self._iterator = iter(self._rows)
         block = [(row["origin"], row["value"]) for row in islice(self._iterator, BLOCK)]
         if block:
-            order = np.random.default_rng([*seed, state["block"]]).permutation(len(block))
+            order = np.random.default_rng([*seed, state["block"] + 1]).permutation(len(block))
             self._block = [block[i] for i in order]
             return
         if self._fruitless or state["block"] == 0:
