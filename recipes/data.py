@@ -119,7 +119,7 @@ def load_data(settings: DataSettings, tokenizer: Any, seed: int, encode: Any = N
     for fact, (_, held) in zip(facts, parts):
         if held is not None:
             windows = _windows(held, encode, settings, None)
-            fact |= {"heldout_files": [str(file) for file in held.files], **_sizes(windows, "heldout_")}
+            fact |= _sizes(held, windows, "heldout_") | {"heldout_names": [str(file) for file in held.files]}
             heldout.append(windows)
     weights = [source.weight or 1.0 for source in settings.sources]
     train: Mixture | Stream
@@ -132,7 +132,7 @@ def load_data(settings: DataSettings, tokenizer: Any, seed: int, encode: Any = N
         if settings.sources[0].weight is None:
             weights = [float(source.plan.tokens) for source in sources]
         for fact, (part, _), windows in zip(facts, parts, sources):
-            fact |= {"files": len(part.files), **_sizes(windows)}
+            fact |= _sizes(part, windows)
         train = Mixture(sources, weights, pad, seed, sum(source.plan.windows() for source in sources))
     for fact, weight in zip(facts, weights):
         fact["share"] = round(weight / sum(weights), 4)
@@ -146,6 +146,7 @@ def _windows(part: Files | Hub, encode: Any, settings: DataSettings, seed: list[
     return Windows(documents, PLANS[settings.documents](documents.lengths, settings.window, seed))
 
 
-def _sizes(windows: Windows, prefix: str = "") -> dict[str, int]:
+def _sizes(part: Files | Hub, windows: Windows, prefix: str = "") -> dict[str, int]:
     lengths = windows.documents.lengths
-    return {f"{prefix}documents": len(lengths), f"{prefix}tokens": int(lengths.sum())}
+    sizes = {"files": len(part.files), "documents": len(lengths), "tokens": int(lengths.sum())}
+    return {prefix + name: size for name, size in sizes.items()}

@@ -144,7 +144,7 @@ def test_describe_counts_tokens_files_and_epochs(texts):
     a, b = data.describe()["sources"]
     files = sizes(texts / "a")
     assert (a["files"], a["documents"], a["tokens"]) == (11, 11, sum(files.values()) - files["c"] + 11)
-    assert (a["heldout_files"], a["heldout_tokens"]) == ([str(texts / "a" / "c.txt")], files["c"] + 1)
+    assert (a["heldout_names"], a["heldout_tokens"]) == ([str(texts / "a" / "c.txt")], files["c"] + 1)
     assert (b["share"], b["windows"]) == (0.75, data.train.taken()[1])
     assert b["epochs"] == round(b["windows"] * WINDOW / b["tokens"], 3) > 1
     assert data.describe()["end_of_text"] == "<eos>"
@@ -156,7 +156,7 @@ def test_describe_counts_tokens_files_and_epochs(texts):
 @pytest.mark.parametrize("heldout", [["c.txt", "a/d.*"], 0.25])
 def test_whole_files_are_held_out(texts, heldout):
     data = load(texts, heldout=heldout)
-    held_out = data.describe()["sources"][0]["heldout_files"]
+    held_out = data.describe()["sources"][0]["heldout_names"]
     names = {Path(file).stem for file in held_out}
     assert names == {"c", "d"} if isinstance(heldout, list) else len(names) == 3
     train = "".join("".join(pieces(data.train[i])) for i in range(len(data.train)))
@@ -165,7 +165,7 @@ def test_whole_files_are_held_out(texts, heldout):
     counts = Counter("".join(held))
     del counts["."]
     assert counts == {name: size for name, size in sizes(texts / "a").items() if name in names}
-    assert load(texts, heldout=heldout, seed=7).describe()["sources"][0]["heldout_files"] == held_out
+    assert load(texts, heldout=heldout, seed=7).describe()["sources"][0]["heldout_names"] == held_out
     with pytest.raises(IndexError):
         data.heldout[len(data.heldout)]
 
