@@ -1,8 +1,9 @@
-"""The `spikelm` command: quickstart, convert, import, export, generate, eval, bench."""
+"""The `spikelm` command: quickstart, convert, import, export, train, generate, eval, bench."""
 
 import sys
 import time
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from spikelm.loading import load_model
 from spikelm.spiking import SpikeStatistics, execute_trains, spike_groups
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+RECIPES = ("pretrain", "extend_context", "sft")
 QUICKSTART_PROMPT = "What is a spiking neural network? Answer in two sentences."
 
 _execute = click.option(
@@ -161,6 +163,23 @@ def export_command(kind: str, model: str, out: Path) -> None:
     """Write MODEL (a spikelm model folder) to the folder OUT as a published KIND: its keys, its kind of file."""
     export_checkpoint(kind, model, out)
     _say(f"Wrote {out}.")
+
+
+class Recipes(click.Group):
+    """Recipes as commands, each imported when it is asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Their names."""
+        return list(RECIPES)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command of a recipe."""
+        return import_module(f"spikelm.recipes.{name}").main if name in RECIPES else None
+
+
+@app.group(cls=Recipes)
+def train() -> None:
+    """Train by a recipe and its YAML file; with `accelerate launch -m spikelm.recipes.NAME` on many devices."""
 
 
 @app.command()
@@ -308,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("spikelm: interrupted")
         return 130
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, FloatingPointError, StrictDataclassError) as error:
         return _fail(str(error))
 
 
