@@ -104,10 +104,29 @@ def quickstart(model: str | None, out: Path, silent_share: float, k: float, toke
 @click.option("--silent-share", type=float, help="Calibrate dead zones: share of weight reads to make unnecessary.")
 @click.option("--allocation", default="gradient", show_default=True, help="Of the silent share: gradient or uniform.")
 @click.option("--calibration-text", type=click.Path(path_type=Path), help="UTF-8 file.  [default: a built-in sample]")
+@click.option(
+    "--transfer-tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Tokens that new mixers learn from, each fitted to the attention that it replaces; 0: they stay untrained.",
+)
+@click.option(
+    "--transfer-text",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="UTF-8 file for that; may be repeated.  [default: the calibration text]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if a conversion wrote it.")
 @_dtype_option("auto")
 def convert_command(
-    source: str, out: Path, mixers: str, spikes: str, calibration_text: Path | None, **choices: Any
+    source: str,
+    out: Path,
+    mixers: str,
+    spikes: str,
+    calibration_text: Path | None,
+    transfer_text: tuple[Path, ...],
+    **choices: Any,
 ) -> None:
     """Convert SOURCE (a model folder, a hub id or a .gguf file) and write a complete model folder to OUT."""
     text = read_texts([calibration_text])[0].content if calibration_text is not None else None
@@ -117,6 +136,7 @@ def convert_command(
         mixers=mixers.split(",") if "," in mixers else mixers,
         sites=spikes if spikes in ("all", "none") else spikes.split(","),
         calibration_text=text,
+        transfer_text=[one.content for one in read_texts(transfer_text)] or None,
         **choices,
     )
     _say(f"Wrote {out}. Next: spikelm generate {out} --prompt ... ; spikelm eval {out} --baseline {source} --out ...")

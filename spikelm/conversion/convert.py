@@ -19,6 +19,8 @@ from spikelm.conversion.folder import check_out, write_folder
 from spikelm.conversion.keys import map_tensors, new_parameters, normalised
 from spikelm.conversion.plan import ConversionPlan
 from spikelm.conversion.sources import Source, open_source, quiet
+from spikelm.conversion.texts import Texts
+from spikelm.conversion.transfer import replaced_layers, teacher_of, transfer
 from spikelm.modeling import SpikeLMForCausalLM
 
 SCHEMA_VERSION = 1
@@ -32,6 +34,8 @@ def convert(
     plan: ConversionPlan | None = None,
     tokenizer: Any = None,
     calibration_text: str | Tensor | None = None,
+    transfer_tokens: int = 0,
+    transfer_text: Texts = None,
     dtype: str | torch.dtype = "auto",
     overwrite: bool = False,
     progress: bool = True,
@@ -48,6 +52,9 @@ def convert(
         tokenizer: used, and written, in place of the source's own.
         calibration_text: text, or token ids `[N]`, that thresholds and dead zones are calibrated on; default: a
             sample that every Python carries.
+        transfer_tokens: how many tokens of text the mixers of replaced layers learn from, each fitted to the attention
+            that it replaces (see `spikelm.conversion.transfer`); 0: they stay untrained.
+        transfer_text: a text, token ids `[N]`, or a list of either, for that; default: `calibration_text`.
         dtype: of the weights; "auto": that of the source.
         overwrite: replace `out` if it is a folder that a conversion wrote.
         progress: whether to print the plan and show bars.
@@ -68,7 +75,11 @@ def convert(
         check_out(place, overwrite)
     opened = open_source(source, tokenizer=tokenizer, progress=progress)
     family = family_of(opened.config)
-    config = plan.apply(family.fields(opened.config))
+    fields = family.fields(opened.config)
+    config, own = plan.apply(fields), ConversionPlan(mixers="keep", sites="none").apply(fields)
+    replaced = replaced_layers(own, config)
+    if transfer_tokens and not replaced:
+        raise ValueError("transfer_tokens is given, but the plan replaces no layer: leave it out, or choose mixers.")
     if progress:
         print(plan.describe(config, f"{opened.name} ({family.name})"), file=sys.stderr)
     if plan.needs_text and not isinstance(calibration_text, Tensor) and opened.tokenizer is None:
@@ -77,7 +88,17 @@ def convert(
     model, record = _build(opened, family, config, wanted or opened.dtype)
     if isinstance(source, PreTrainedModel):
         model.to(source.device)  # type: ignore[arg-type]
-    record |= {"plan": plan.as_dict(), "calibration": None, "measured": {}, "notes": opened.notes}
+    record |= {"plan": plan.as_dict(), "transfer": None, "calibration": None, "measured": {}, "notes": opened.notes}
+    if transfer_tokens:
+        record["transfer"] = transfer(
+            model,
+            teacher_of(model, own),
+            replaced,
+            transfer_tokens,
+            tokenizer=opened.tokenizer,
+            text=calibration_text if transfer_text is None else transfer_text,
+            progress=progress,
+        )
     if plan.needs_text:
         record["calibration"] = calibrate(
             model,
