@@ -12,6 +12,7 @@ from spikelm.validation import CODES, READ_SITES, THRESHOLDS
 
 ALLOCATIONS = ("gradient", "uniform")
 DEFAULT_WINDOW = 4096
+LONGEST_MEMORY = 2048  # half-life, in tokens, at which the slowest new gates begin
 SHORT_WINDOW = 64  # of window_linear, whose past is not lost outside of it
 
 
@@ -150,6 +151,9 @@ class ConversionPlan:
             "mixers": mixers,
             "attention_window": windows if any(windows) else None,
             "attention_sinks": sinks if any(sinks) else 0,
+            "parallel_norms": "linear",
+            "gla_longest_memory": LONGEST_MEMORY,
+            "delta_longest_memory": LONGEST_MEMORY,
             "spike_sites": self.site_names or None,
             "spike_code": self.code,
             "spike_k": self.k,
