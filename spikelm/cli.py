@@ -90,11 +90,14 @@ def quickstart(model: str | None, out: Path, silent_share: float, k: float, toke
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--mixers",
+    "--plan",
+    "mixers",
     default="keep",
     show_default=True,
-    help="`keep`, a mixer for all layers, `uniform:N`, or a comma-separated list with one per layer.",
+    help="`keep`, a mixer for all layers, `uniform:N`, `auto`, or a comma-separated list with one per layer.",
 )
-@click.option("--target", default="gla", show_default=True, help="Mixer of the layers that `uniform:N` changes.")
+@click.option("--target", default="gla", show_default=True, help="Mixer of layers that `uniform:N` and `auto` change.")
+@click.option("--keep", default=0.25, show_default=True, help="Layers that `auto` leaves; below 1: their share.")
 @click.option("--window", type=int, help="Width of new windows, in tokens.")
 @click.option("--spikes", default="all", show_default=True, help="`all`, `none`, or some of qkv,o,gate_up,down.")
 @click.option("--code", default="bitwise", show_default=True, help="bitwise, ternary or twos_complement.")

@@ -18,6 +18,7 @@ from spikelm.conversion.families import HEAD, Family, family_of
 from spikelm.conversion.folder import check_out, write_folder
 from spikelm.conversion.keys import map_tensors, new_parameters, normalised
 from spikelm.conversion.plan import ConversionPlan
+from spikelm.conversion.search import search
 from spikelm.conversion.sources import Source, open_source, quiet
 from spikelm.conversion.texts import Texts
 from spikelm.conversion.transfer import replaced_layers, teacher_of, transfer
@@ -46,7 +47,7 @@ def convert(
     Args:
         source: a model folder, a hub id, a `.gguf` file, or a loaded transformers model, whose weights are copied.
         out: where to write the complete model folder. It appears when everything is written, or not at all.
-        plan: what to change; or its choices as keywords: `mixers`, `target`, `window`, `sinks`, `sites`, `code`, `k`,
+        plan: what to change; or its choices as keywords: `mixers`, `target`, `keep`, `window`, `sinks`, `sites`, `code`, `k`,
             `dead_zone`, `threshold`, `silent_share`, `allocation` (see `ConversionPlan`). `mixers="keep",
             sites="none"` changes nothing: the logits stay those of the source.
         tokenizer: used, and written, in place of the source's own.
@@ -76,29 +77,38 @@ def convert(
     opened = open_source(source, tokenizer=tokenizer, progress=progress)
     family = family_of(opened.config)
     fields = family.fields(opened.config)
-    config, own = plan.apply(fields), ConversionPlan(mixers="keep", sites="none").apply(fields)
+    own = ConversionPlan(mixers="keep", sites="none").apply(fields)
+    config = (plan.everywhere() if plan.is_measured else plan).apply(fields)
     replaced = replaced_layers(own, config)
     if transfer_tokens and not replaced:
         raise ValueError("transfer_tokens is given, but the plan replaces no layer: leave it out, or choose mixers.")
-    if progress:
-        print(plan.describe(config, f"{opened.name} ({family.name})"), file=sys.stderr)
     if plan.needs_text and not isinstance(calibration_text, Tensor) and opened.tokenizer is None:
         raise ValueError("Calibration needs a tokenizer, and the source has none: give tokenizer= or token ids.")
+    lesson = {"tokenizer": opened.tokenizer, "text": transfer_text, "progress": progress}
+    if transfer_text is None:
+        lesson["text"] = calibration_text
+
+    found, learned = None, {}
+    if plan.is_measured:
+        keep = plan.kept_of(len(replaced))
+        model, _ = _build(opened, family, config, wanted or opened.dtype)
+        _follow(source, model)
+        found = search(model, teacher_of(model, own), replaced, keep, **lesson)
+        config = plan.decided(found["auto"]["kept"], len(config.mixers)).apply(fields)
+        replaced = replaced_layers(own, config)
+        learned = {i: model.model.layers[i].mixer for i in replaced}
+    if progress:
+        print(plan.describe(config, f"{opened.name} ({family.name})"), file=sys.stderr)
 
     model, record = _build(opened, family, config, wanted or opened.dtype)
-    if isinstance(source, PreTrainedModel):
-        model.to(source.device)  # type: ignore[arg-type]
-    record |= {"plan": plan.as_dict(), "transfer": None, "calibration": None, "measured": {}, "notes": opened.notes}
-    if transfer_tokens:
-        record["transfer"] = transfer(
-            model,
-            teacher_of(model, own),
-            replaced,
-            transfer_tokens,
-            tokenizer=opened.tokenizer,
-            text=calibration_text if transfer_text is None else transfer_text,
-            progress=progress,
-        )
+    _follow(source, model)
+    record |= {"plan": plan.as_dict(), "search": found, "transfer": None, "calibration": None, "measured": {}}
+    record["notes"] = opened.notes
+    teacher = teacher_of(model, own) if transfer_tokens else None
+    for i, mixer in learned.items():  # spike sites keep their own; what the teacher shares is not written on
+        model.model.layers[i].mixer.load_state_dict(mixer.state_dict(), strict=False, assign=True)
+    if teacher is not None:
+        record["transfer"] = transfer(model, teacher, replaced, transfer_tokens, **lesson)
     if plan.needs_text:
         record["calibration"] = calibrate(
             model,
@@ -112,6 +122,12 @@ def convert(
     if place is not None:
         write_folder(place, model, opened, record, overwrite)
     return model
+
+
+def _follow(source: Any, model: SpikeLMForCausalLM) -> None:
+    """Put the model where a loaded source is."""
+    if isinstance(source, PreTrainedModel):
+        model.to(source.device)  # type: ignore[arg-type]
 
 
 def _build(

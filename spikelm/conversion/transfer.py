@@ -11,7 +11,7 @@ gradient steps inside the source's own pass, at the moment when x_i and y_i exis
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,29 +64,44 @@ def transfer(
         ValueError: a text that is too short to learn from one part and measure on another.
     """
     ids, described = tokenized(text, tokenizer)
-    learned, held = (rows.to(model.device) for rows in _windows(ids, teacher.config.max_position_embeddings))
-    students = {i: Student(model.model.layers[i].mixer) for i in layers}
-    steps = max(round(tokens / learned.shape[1]), 1)
-    before = losses(students, teacher, held)
-    order = torch.Generator().manual_seed(0)
-    rows = torch.cat([torch.randperm(len(learned), generator=order) for _ in range(-(-steps // len(learned)))])[:steps]
-    bar = tqdm(rows.tolist(), desc="Transferring attention", unit="window", disable=not progress, delay=1.0)
-    for step, row in enumerate(bar):
-        # Linear warm-up over a twentieth, then half a cosine.
-        share = min((step + 1) / max(steps / 20, 1), 1) * (1 + math.cos(math.pi * step / steps)) / 2
-        run(teacher, layers, learned[row : row + 1], lambda i, x, y, context: students[i].learn(x, y, context, share))
-        if progress:
-            mean = sum(student.loss for student in students.values()) / len(students)
-            bar.set_postfix(loss=f"{mean:.3f}")
-    after = losses(students, teacher, held)
-    for student in students.values():
-        student.finish()
+    rows, held = windows(ids.to(model.device), min(WINDOW, model.config.max_position_embeddings))
+    with learning(model, layers) as students:
+        before = losses(students, teacher, held)
+        seen = fit(students, teacher, rows, tokens, progress)
+        after = losses(students, teacher, held)
     return described | {
-        "tokens": steps * learned.shape[1],
-        "window": learned.shape[1],
+        "tokens": seen,
+        "window": rows.shape[1],
         "held_out_tokens": held.numel(),
         "layers": {str(i): {"before": before[i], "after": after[i]} for i in layers},
     }
+
+
+def fit(
+    students: "dict[int, Student]", teacher: SpikeLMForCausalLM, rows: Tensor, tokens: int, progress: bool
+) -> int:
+    """Let every student learn from about so many tokens of `rows` `[n, T]`, in whole windows; returns how many."""
+    steps = max(round(tokens / rows.shape[1]), 1)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(-(-steps // len(rows)))])
+    bar = tqdm(order[:steps].tolist(), desc="Transferring", unit="window", disable=not progress, delay=1.0)
+    for step, row in enumerate(bar):
+        # A linear start over a twentieth of the steps, then half a cosine.
+        rate = RATE * min((step + 1) / max(steps / 20, 1), 1) * (1 + math.cos(math.pi * step / steps)) / 2
+        run(teacher, students, rows[row : row + 1], lambda i, x, y, context, rate=rate: students[i].learn(x, y, context, rate))
+        bar.set_postfix(loss=f"{sum(student.loss for student in students.values()) / len(students):.3f}")
+    return steps * rows.shape[1]
+
+
+@contextmanager
+def learning(model: SpikeLMForCausalLM, layers: Sequence[int]) -> "Iterator[dict[int, Student]]":
+    """The mixers of `layers` as students; afterwards they have their dtypes and their spikes again."""
+    students = {i: Student(model.model.layers[i].mixer) for i in layers}
+    try:
+        yield students
+    finally:
+        for student in students.values():
+            student.finish()
 
 
 class Student:
@@ -110,10 +125,10 @@ class Student:
         error = self.mixer(x.to(self.wide), context).to(self.wide) - y
         return error.square().mean() / y.flatten(0, -2).var(0, unbiased=False).mean().clamp_min(1e-12)
 
-    def learn(self, x: Tensor, y: Tensor, context: Any, share: float) -> None:
-        """A few steps at `share` of the learning rate."""
+    def learn(self, x: Tensor, y: Tensor, context: Any, rate: float) -> None:
+        """A few gradient steps at a learning rate."""
         for group in self.optimizer.param_groups:
-            group["lr"] = share * RATE
+            group["lr"] = rate
         for _ in range(STEPS):
             with torch.enable_grad():
                 loss = self.relative(x, y, context)
@@ -148,6 +163,7 @@ def teacher_of(model: SpikeLMForCausalLM, config: SpikeLMConfig) -> SpikeLMForCa
         model: the converted model, whose projections are still those of the source.
         config: of the source: no layer replaced, no spike sites.
     """
+    config.tie_word_embeddings = model.config.tie_word_embeddings
     with torch.device("meta"):
         teacher = SpikeLMForCausalLM(config)
     tensors = model.state_dict()
@@ -167,12 +183,12 @@ def losses(students: dict[int, Student], teacher: SpikeLMForCausalLM, rows: Tens
         totals[i] += float(students[i].relative(x, y, context))
 
     for row in rows:
-        run(teacher, list(students), row[None], measure)
+        run(teacher, students, row[None], measure)
     return {i: total / len(rows) for i, total in totals.items()}
 
 
 @torch.no_grad()
-def run(teacher: SpikeLMForCausalLM, layers: Sequence[int], ids: Tensor, visit: Visit) -> None:
+def run(teacher: SpikeLMForCausalLM, layers: Collection[int], ids: Tensor, visit: Visit) -> None:
     """One pass over ids `[B, T]`, up to the last of `layers`: each of them calls `visit(index, x, y, context)`."""
     handles = [
         teacher.model.layers[i].mixer.register_forward_hook(lambda _, args, y, i=i: visit(i, args[0], y, args[1]))
@@ -200,16 +216,19 @@ def reduced_precision(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _windows(ids: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """Windows `[n, T]` to learn from, and others, spread over the text, to measure on."""
-    length = min(WINDOW, longest, len(ids) // 4)
+def windows(ids: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Windows `[n, T]` of ids `[N]` to learn from, and a few others, spread over the text, to measure on.
+
+    T is at most `longest`, and at most a quarter of a short text. Raises ValueError for one that is too short.
+    """
+    length = min(longest, len(ids) // 4)
     if length < SHORTEST:
         raise ValueError(
             f"The text to transfer on has {len(ids)} tokens; expected at least {4 * SHORTEST}. Give a longer text."
         )
     rows = ids[: len(ids) // length * length].view(-1, length)
-    held = torch.zeros(len(rows), dtype=torch.bool)
     count = min(HELD, len(rows) // 4)
+    held = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
     held[((torch.arange(count) + 0.5) * len(rows) / count).long()] = True
     return rows[~held], rows[held]
 
