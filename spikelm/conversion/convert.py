@@ -80,6 +80,8 @@ def convert(
     own = ConversionPlan(mixers="keep", sites="none").apply(fields)
     config = (plan.everywhere() if plan.is_measured else plan).apply(fields)
     replaced = replaced_layers(own, config)
+    if not isinstance(transfer_tokens, int) or transfer_tokens < 0:
+        raise ValueError(f"transfer_tokens must be a number of tokens, at least 0; got {transfer_tokens!r}.")
     if transfer_tokens and not replaced:
         raise ValueError("transfer_tokens is given, but the plan replaces no layer: leave it out, or choose mixers.")
     if plan.needs_text and not isinstance(calibration_text, Tensor) and opened.tokenizer is None:
