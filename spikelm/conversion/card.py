@@ -65,8 +65,8 @@ def _steps(record: dict[str, Any]) -> list[str]:
         losses = transfer["layers"].values()
         before, after = (sum(layer[when] for layer in losses) / len(losses) for when in ("before", "after"))
         steps.append(
-            f"The mixers of {len(losses)} layers learned the attention that they replace on {transfer['tokens']} tokens "
-            f"of {transfer['text']}: relative squared error {before:.3f} before, {after:.3f} after (mean over layers)."
+            f"The mixers of {len(losses)} layers learned the attention that they replace on {transfer['tokens']} "
+            f"tokens of {transfer['text']}: relative squared error {before:.3f} before, {after:.3f} after (mean over layers)."
         )
     if search := record.get("search"):
         steps.append(

@@ -46,7 +46,10 @@ def tokenized(text: Texts, tokenizer: Any) -> tuple[Tensor, dict[str, str]]:
         ids.append(part)
     if parts and all(isinstance(part, Tensor) for part in parts):
         name = "the token ids given"
-    return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64), {"text": name, "text_sha256": digest.hexdigest()}
+    return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64), {
+        "text": name,
+        "text_sha256": digest.hexdigest(),
+    }
 
 
 def calibration_sample() -> str:

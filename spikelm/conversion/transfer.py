@@ -77,9 +77,7 @@ def transfer(
     }
 
 
-def fit(
-    students: "dict[int, Student]", teacher: SpikeLMForCausalLM, rows: Tensor, tokens: int, progress: bool
-) -> int:
+def fit(students: "dict[int, Student]", teacher: SpikeLMForCausalLM, rows: Tensor, tokens: int, progress: bool) -> int:
     """Let every student learn from about so many tokens of `rows` `[n, T]`, in whole windows; returns how many."""
     steps = max(round(tokens / rows.shape[1]), 1)
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +86,12 @@ def fit(
     for step, row in enumerate(bar):
         # A linear start over a twentieth of the steps, then half a cosine.
         rate = RATE * min((step + 1) / max(steps / 20, 1), 1) * (1 + math.cos(math.pi * step / steps)) / 2
-        run(teacher, students, rows[row : row + 1], lambda i, x, y, context, rate=rate: students[i].learn(x, y, context, rate))
+        run(
+            teacher,
+            students,
+            rows[row : row + 1],
+            lambda i, x, y, context, rate=rate: students[i].learn(x, y, context, rate),
+        )
         bar.set_postfix(loss=f"{sum(student.loss for student in students.values()) / len(students):.3f}")
     return steps * rows.shape[1]
 
@@ -149,9 +152,7 @@ class Student:
 def replaced_layers(own: SpikeLMConfig, config: SpikeLMConfig) -> list[int]:
     """Indices of the layers whose mixer `config` changes, or sees less than in the source's `own` configuration."""
     fields = "mixers", "attention_window", "attention_sinks"
-    return [
-        i for i in range(own.num_hidden_layers) if any(own.at(name, i) != config.at(name, i) for name in fields)
-    ]
+    return [i for i in range(own.num_hidden_layers) if any(own.at(name, i) != config.at(name, i) for name in fields)]
 
 
 def teacher_of(model: SpikeLMForCausalLM, config: SpikeLMConfig) -> SpikeLMForCausalLM:

@@ -157,7 +157,9 @@ def one_layer_matters(index: int):
     """A source whose attention adds something in one layer only."""
     source = llama(max_position_embeddings=128)
     for i, layer in enumerate(source.model.layers):
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight) if i != index else layer.self_attn.o_proj.weight.data.mul_(4)
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight) if i != index else layer.self_attn.o_proj.weight.data.mul_(
+            4
+        )
     return source
 
 
@@ -177,15 +179,16 @@ def test_auto_keeps_the_layer_that_matters(index, monkeypatch):
     assert costs == sorted(costs, reverse=True) and costs[0] > 10 * costs[1]
     assert len(found["random"]["kept"]) == 1 and found["random"]["kept"] != [index]
     assert found["auto"]["kl"] < found["random"]["kl"]
-    assert (found["tokens"], found["held_out_tokens"], found["seed"]) == (256, 512, 0)
+    assert (found["tokens"], found["held_out_tokens"], found["seed"]) == (256, 256, 0)
     attention = source.model.layers[index].self_attn
     assert torch.equal(model.model.layers[index].mixer.q_proj.weight, attention.q_proj.weight)
     assert convert(source, **plan).conversion["search"] == found
 
 
 @torch.no_grad()
-def test_the_measured_cost_is_that_of_the_model_with_those_mixers():
+def test_the_measured_cost_is_that_of_the_model_with_those_mixers(monkeypatch):
     """Without a transfer afterwards the written model is the plan that was measured, on the same tokens."""
+    monkeypatch.setattr("spikelm.conversion.search.TOKENS", 128)
     ids = torch.randint(3, VOCAB, (1024,), generator=torch.Generator().manual_seed(1))
     source = llama(max_position_embeddings=128)
     choices = {"target": "gla+swa", "window": 6, "sites": "none", "progress": False, "dtype": "float64"}
@@ -203,7 +206,7 @@ def test_the_measured_cost_is_that_of_the_model_with_those_mixers():
 
 
 def test_auto_goes_on_with_what_its_candidates_learned(monkeypatch):
-    monkeypatch.setattr("spikelm.conversion.search.TOKENS", 2048)
+    monkeypatch.setattr("spikelm.conversion.search.TOKENS", 1024)
     ids = torch.randint(3, VOCAB, (1024,), generator=torch.Generator().manual_seed(1))
     choices = {"transfer_text": ids, "transfer_tokens": 64, "progress": False}
     auto = convert(llama(), mixers="auto", keep=2, **choices)

@@ -1,6 +1,5 @@
 """New mixers learn the attention that they replace."""
 
-import gc
 import json
 import weakref
 
@@ -12,7 +11,7 @@ from spikelm.conversion import transfer as stage
 from spikelm.conversion.convert import convert
 from spikelm.conversion.families import FAMILIES
 from spikelm.conversion.plan import ConversionPlan
-from spikelm.conversion.transfer import SHORTEST, fit, learning, losses, replaced_layers, run, teacher_of, windows
+from spikelm.conversion.transfer import SHORTEST, fit, learning, losses, run, teacher_of, windows
 from spikelm.loading import load_model
 from spikelm.spiking.site import spike_groups
 from tests.conversion.test_sources import words
@@ -25,6 +24,10 @@ def text_ids(count: int = 1024) -> torch.Tensor:
     return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(1))
 
 
+def own_config(source):
+    return ConversionPlan(mixers="keep", sites="none").apply(FAMILIES[source.config.model_type].fields(source.config))
+
+
 def converted(source=None, *, mixers="gla+swa", tokens=512, ids=None, **choices):
     choices = {"window": 6} | choices if "swa" in str(mixers) or "window" in str(mixers) else choices
     ids = text_ids() if ids is None else ids
@@ -35,23 +38,21 @@ def converted(source=None, *, mixers="gla+swa", tokens=512, ids=None, **choices)
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_transfer_lowers_the_loss_of_every_replaced_layer(target):
-    model = converted(mixers=["keep", target, target, "keep"], sites="none")
+    model = converted(mixers=["keep", "keep", target, "keep"], sites="none", tokens=2048, ids=text_ids(2560))
     record = model.conversion["transfer"]
-    assert list(record["layers"]) == ["1", "2"]
-    for entry in record["layers"].values():
-        assert entry["after"] < entry["before"]
-    assert (record["tokens"], record["window"], record["held_out_tokens"]) == (512, 64, 256)
+    assert list(record["layers"]) == ["2"]
+    assert record["layers"]["2"]["after"] < 0.99 * record["layers"]["2"]["before"]
+    assert (record["tokens"], record["window"], record["held_out_tokens"]) == (2048, 64, 256)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_the_teacher_is_the_source(make):
     source = widened(make())
-    model = convert(source, mixers="gla", progress=False)
-    own = ConversionPlan(mixers="keep", sites="none").apply(FAMILIES[source.config.model_type].fields(source.config))
-    teacher = teacher_of(model, own)
+    model, same = (convert(source, mixers=mixers, sites="none", progress=False) for mixers in ("gla", "keep"))
+    teacher = teacher_of(model, own_config(source))
     ids = text_ids(40).view(2, 20)
     with torch.no_grad():
-        torch.testing.assert_close(teacher(ids).logits, source(ids).logits, atol=1e-9, rtol=0)
+        torch.testing.assert_close(teacher(ids).logits, same(ids).logits, atol=1e-9, rtol=0)
     owned = {tensor.data_ptr() for tensor in model.state_dict().values()}
     assert all(tensor.data_ptr() in owned for tensor in teacher.state_dict().values()), "shared, not copied"
 
@@ -60,8 +61,7 @@ def test_the_loss_is_the_relative_error_at_the_teachers_inputs():
     """Recomputed from outside: the source's own attention, its inputs and its outputs."""
     source = llama()
     model = convert(source, mixers=["keep", "swa", "keep", "gla"], window=5, sites="none", progress=False)
-    before = convert_record(source, model)
-    seen = {}
+    teacher, seen = teacher_of(model, own_config(source)), {}
     for i in (1, 3):
         source.model.layers[i].self_attn.register_forward_hook(
             lambda _, args, kwargs, out, i=i: seen.update({i: (kwargs["hidden_states"], out[0])}), with_kwargs=True
@@ -74,23 +74,14 @@ def test_the_loss_is_the_relative_error_at_the_teachers_inputs():
             for i, (x, y) in seen.items():
                 got = []
                 handle = model.model.layers[i].mixer_norm.register_forward_hook(lambda *_, x=x: x)
-                catch = model.model.layers[i].mixer.register_forward_hook(lambda _, a, out: got.append(out))
+                catch = model.model.layers[i].mixer.register_forward_hook(lambda _, a, out, got=got: got.append(out))
                 model(row[None])
                 handle.remove()
                 catch.remove()
                 expected[i] += float((got[0] - y).square().mean() / y[0].var(0, unbiased=False).mean()) / len(rows)
-    assert before(rows) == pytest.approx(expected, rel=2e-2)  # bfloat16 products, where there are units for them
-
-
-def convert_record(source, model):
-    own = ConversionPlan(mixers="keep", sites="none").apply(FAMILIES["llama"].fields(source.config))
-    teacher = teacher_of(model, own)
-
-    def measure(rows):
-        with learning(model, replaced_layers(own, model.config)) as students:
-            return losses(students, teacher, rows)
-
-    return measure
+    with learning(model, [1, 3]) as students:
+        got = losses(students, teacher, rows)
+    assert got == pytest.approx(expected, rel=0.02)  # products in bfloat16, where there are units for them
 
 
 def test_only_the_mixers_of_replaced_layers_change():
@@ -133,28 +124,20 @@ def test_the_same_conversion_gives_the_same_numbers():
 
 
 def test_nothing_outlives_its_batch():
-    """Inputs and outputs of every pass are gone at the next, however long the text."""
+    """What a pass read and made is gone at the next one, whatever has been learned from it."""
     source = llama()
     model = convert(source, mixers="gla", sites="none", progress=False)
-    own = ConversionPlan(mixers="keep", sites="none").apply(FAMILIES["llama"].fields(source.config))
-    teacher, alive, passes = teacher_of(model, own), [], 0
+    teacher, alive, passes = teacher_of(model, own_config(source)), [], []
 
     def watch(module, args, out):
-        nonlocal passes
-        passes += 1
-        gc.collect()
-        assert sum(ref() is not None for ref in alive) <= 2, "the pass that runs now"
+        passes.append(sum(reference() is not None for reference in alive))
         alive[:] = [weakref.ref(args[0]), weakref.ref(out)]
 
     teacher.model.layers[2].mixer.register_forward_hook(watch)
     with learning(model, range(4)) as students:
-        before = len([t for t in gc.get_objects() if isinstance(t, torch.Tensor)])
-        fit(students, teacher, text_ids(640).view(10, 64), 64, progress=False)
-        once = len([t for t in gc.get_objects() if isinstance(t, torch.Tensor)])
         fit(students, teacher, text_ids(640).view(10, 64), 640, progress=False)
-        gc.collect()
-        assert len([t for t in gc.get_objects() if isinstance(t, torch.Tensor)]) <= once
-    assert passes == 11 and before <= once
+    assert passes == [0] * 10
+    assert not any(reference() for reference in alive)
 
 
 def test_a_pass_ends_behind_the_last_layer_that_learns():
@@ -180,18 +163,19 @@ def test_dtypes_are_those_of_the_conversion(dtype):
 
 def test_windows_to_learn_from_and_to_measure_on_are_disjoint():
     learned, held = windows(torch.arange(1000), 64)
-    assert learned.shape == (11, 64) and held.shape == (4, 64)
+    assert learned.shape == (12, 64) and held.shape == (3, 64)
     assert len(torch.cat([learned, held]).unique()) == 15 * 64
     learned, held = windows(torch.arange(4 * SHORTEST), 64)
     assert learned.shape == (3, SHORTEST) and held.shape == (1, SHORTEST)
 
 
 def test_texts_of_every_kind():
-    ids = text_ids(600)
-    whole = " ".join(f"w{i}" for i in ids.tolist())
-    parts = [" ".join(f"w{i}" for i in ids[:200].tolist()), ids[200:]]
+    names = [f"w{i}" for i in text_ids(600).tolist()]
+    whole, first = " ".join(names), " ".join(names[:200])
+    ids, cut = torch.tensor(words()(whole)["input_ids"]), len(words()(first)["input_ids"])
     records = [
-        converted(ids=text, tokenizer=words(), tokens=128).conversion["transfer"] for text in (ids, whole, parts)
+        converted(ids=text, tokenizer=words(), tokens=128).conversion["transfer"]
+        for text in (ids, whole, [first, ids[cut:]])
     ]
     assert [record["text"] for record in records] == ["the token ids given", "the text given", "the text given"]
     assert records[0]["layers"] == records[1]["layers"] == records[2]["layers"]
@@ -225,6 +209,7 @@ def test_record_and_card_tell_of_the_transfer(tmp_path):
     assert load_model(out)[0].conversion["transfer"] == record["transfer"]
 
 
+@torch.no_grad()
 def test_new_gates_remember_from_sixteen_to_two_thousand_tokens():
     model = convert(llama(), mixers=["gla", "delta", "gla+swa", "keep"], window=6, progress=False)
     for i in (0, 2):
@@ -243,7 +228,7 @@ def test_learning_rate_rises_and_falls(monkeypatch):
     rates = []
     monkeypatch.setattr(stage.Student, "learn", lambda self, x, y, context, rate: rates.append(rate))
     model = convert(llama(), mixers=["gla", "keep", "keep", "keep"], sites="none", progress=False)
-    own = ConversionPlan(mixers="keep", sites="none").apply(FAMILIES["llama"].fields(llama().config))
+    own = own_config(llama())
     with learning(model, [0]) as students:
         seen = fit(students, teacher_of(model, own), text_ids(640).view(10, 64), 64 * 40, progress=False)
     assert seen == 64 * 40 and len(rates) == 40

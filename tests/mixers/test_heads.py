@@ -27,9 +27,13 @@ def test_a_linear_branch_can_start_from_nothing_beside_a_window_without_a_norm()
     model = small_model(mixers="gla+swa", parallel_norms="linear")
     mixer = model.model.layers[0].mixer
     assert not mixer.branch_norms
-    assert SpikeLMForCausalLM(small_config(mixers="gla+swa", parallel_norms="linear")).model.layers[
-        0
-    ].mixer.gla.norm.weight.abs().max() == 0
+    assert (
+        SpikeLMForCausalLM(small_config(mixers="gla+swa", parallel_norms="linear"))
+        .model.layers[0]
+        .mixer.gla.norm.weight.abs()
+        .max()
+        == 0
+    )
     seen = {}
     mixer.gla.register_forward_hook(lambda m, a, out: seen.update(gla=out[0]))
     mixer.swa.register_forward_hook(lambda m, a, out: seen.update(swa=out[0]))
