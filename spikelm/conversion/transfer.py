@@ -28,7 +28,8 @@ from spikelm.spiking.site import Site
 WINDOW = 2048  # states are trained on what is this far away
 HELD = 4  # windows that the losses before and after are measured on
 STEPS = 2  # gradient steps on each batch: a step costs a layer far less than the source's pass
-RATE = 1e-3
+RATE, NEW_RATE = 2e-4, 1e-2  # of what the source gave, and of what is new
+GIVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 CLIP = 1.0
 SHORTEST = 16
 
@@ -85,12 +86,12 @@ def fit(students: "dict[int, Student]", teacher: SpikeLMForCausalLM, rows: Tenso
     bar = tqdm(order[:steps].tolist(), desc="Transferring", unit="window", disable=not progress, delay=1.0)
     for step, row in enumerate(bar):
         # A linear start over a twentieth of the steps, then half a cosine.
-        rate = RATE * min((step + 1) / max(steps / 20, 1), 1) * (1 + math.cos(math.pi * step / steps)) / 2
+        share = min((step + 1) / max(steps / 20, 1), 1) * (1 + math.cos(math.pi * step / steps)) / 2
         run(
             teacher,
             students,
             rows[row : row + 1],
-            lambda i, x, y, context, rate=rate: students[i].learn(x, y, context, rate),
+            lambda i, x, y, context, share=share: students[i].learn(x, y, context, share),
         )
         bar.set_postfix(loss=f"{sum(student.loss for student in students.values()) / len(students):.3f}")
     return steps * rows.shape[1]
@@ -119,8 +120,12 @@ class Student:
         self.sites = [module for module in mixer.modules() if isinstance(module, Site)]
         for site in self.sites:
             site.substitute = _itself
-        self.parameters = [p for p in mixer.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=RATE, betas=(0.9, 0.95))
+        named = {name: p for name, p in mixer.named_parameters() if p.requires_grad}
+        given = [p for name, p in named.items() if name.partition(".")[0] in GIVEN]
+        new = [p for name, p in named.items() if name.partition(".")[0] not in GIVEN]
+        groups = [{"params": given, "peak": RATE}, {"params": new, "peak": NEW_RATE}]
+        self.parameters = [*given, *new]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
 
     def relative(self, x: Tensor, y: Tensor, context: Any) -> Tensor:
         """The loss on x, y `[B, T, hidden]`."""
@@ -128,10 +133,10 @@ class Student:
         error = self.mixer(x.to(self.wide), context).to(self.wide) - y
         return error.square().mean() / y.flatten(0, -2).var(0, unbiased=False).mean().clamp_min(1e-12)
 
-    def learn(self, x: Tensor, y: Tensor, context: Any, rate: float) -> None:
-        """A few gradient steps at a learning rate."""
+    def learn(self, x: Tensor, y: Tensor, context: Any, share: float) -> None:
+        """A few gradient steps at a share of the learning rates."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = share * group["peak"]
         for _ in range(STEPS):
             with torch.enable_grad():
                 loss = self.relative(x, y, context)
