@@ -212,9 +212,9 @@ def _sites(sites: list[dict[str, Any]]) -> str:
 def _transfer(transfer: dict[str, Any]) -> str:
     rows = [[str(at["layer"]), f"{at['before']:.4f}", f"{at['after']:.4f}"] for at in transfer["layers"]]
     data = (
-        f"When the model was converted, the mixers of {len(rows)} layers learned the outputs of the attention that they "
-        f"replace, on {transfer['tokens']:,} tokens of {transfer['text']}. Losses are squared errors relative to the "
-        f"variance of those outputs, on {transfer['held_out_tokens']:,} other tokens of that text."
+        f"When the model was converted, the mixers of {len(rows)} layers learned the outputs of the attention that "
+        f"they replace, on {transfer['tokens']:,} tokens of {transfer['text']}. Losses are squared errors relative to "
+        f"the variance of those outputs, on {transfer['held_out_tokens']:,} other tokens of that text."
     )
     return data + "\n\n" + _table(["layer", "loss before", "loss after"], rows)
 

@@ -32,8 +32,8 @@ PER_LAYER = (
     "intermediate_size", "mixers", "ffns", "pre_norm", "post_norm", "residual", "attention_rope", "attention_window",
     "attention_sinks", "attention_bias", "attention_output_bias", "attention_qk_norm", "parallel_shared_projections",
     "parallel_norms", "ffn_bias", "gla_feature_map", "gla_gate", "gla_gate_rank", "gla_gate_bias", "spike_k",
-    "spike_dead_zone", "spike_neuron", "event_threshold", "window_linear_feature_map", "egru_form", "egru_heads", "egru_size",
-    "egru_zoneout", "egru_threshold_mean",
+    "spike_dead_zone", "spike_neuron", "event_threshold", "window_linear_feature_map", "egru_form", "egru_heads",
+    "egru_size", "egru_zoneout", "egru_threshold_mean",
 )  # fmt: skip
 
 

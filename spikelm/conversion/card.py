@@ -66,7 +66,8 @@ def _steps(record: dict[str, Any]) -> list[str]:
         before, after = (sum(layer[when] for layer in losses) / len(losses) for when in ("before", "after"))
         steps.append(
             f"The mixers of {len(losses)} layers learned the attention that they replace on {transfer['tokens']} "
-            f"tokens of {transfer['text']}: relative squared error {before:.3f} before, {after:.3f} after (mean over layers)."
+            f"tokens of {transfer['text']}: relative squared error {before:.3f} before, {after:.3f} after (mean of "
+            "layers)."
         )
     if search := record.get("search"):
         steps.append(

@@ -47,8 +47,8 @@ def convert(
     Args:
         source: a model folder, a hub id, a `.gguf` file, or a loaded transformers model, whose weights are copied.
         out: where to write the complete model folder. It appears when everything is written, or not at all.
-        plan: what to change; or its choices as keywords: `mixers`, `target`, `keep`, `window`, `sinks`, `sites`, `code`,
-            `k`, `dead_zone`, `threshold`, `silent_share`, `allocation` (see `ConversionPlan`). `mixers="keep",
+        plan: what to change; or its choices as keywords: `mixers`, `target`, `keep`, `window`, `sinks`, `sites`,
+            `code`, `k`, `dead_zone`, `threshold`, `silent_share`, `allocation` (see `ConversionPlan`). `mixers="keep",
             sites="none"` changes nothing: the logits stay those of the source.
         tokenizer: used, and written, in place of the source's own.
         calibration_text: text, or token ids `[N]`, that thresholds and dead zones are calibrated on; default: a
