@@ -9,12 +9,12 @@ import hashlib
 from collections.abc import Sequence
 from functools import cache
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-Texts = str | Tensor | Sequence[str | Tensor] | None
+Texts: TypeAlias = str | Tensor | Sequence[str | Tensor] | None
 
 
 def tokenized(text: Texts, tokenizer: Any) -> tuple[Tensor, dict[str, str]]:

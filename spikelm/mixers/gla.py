@@ -45,9 +45,10 @@ class GatedLinearCore(Stateful, nn.Module):
         self.feature_map = _FEATURE_MAPS[config.at("gla_feature_map", layer_idx)]
         self.normalizer = config.gla_gate_normalizer
         kind, width = config.at("gla_gate", layer_idx), self.heads * self.head_dim
-        bias: Initial = float(config.at("gla_gate_bias", layer_idx))
+        first = float(config.at("gla_gate_bias", layer_idx))
+        bias: Initial = first
         if config.gla_longest_memory is not None:
-            bias = partial(_spread, bias, config.gla_longest_memory, self.normalizer, self.head_dim)
+            bias = partial(_spread, first, config.gla_longest_memory, self.normalizer, self.head_dim)
         self.tied = kind == "tied"
         self.input_readers = {"low_rank": ("gate.0",), "dense": ("gate",), "tied": ()}[kind]
         if kind == "low_rank":
