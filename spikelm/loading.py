@@ -8,6 +8,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedM
 
 from spikelm.configuration import SpikeLMConfig
 from spikelm.conversion.checkpoints import read_checkpoint, read_json, reason
+from spikelm.conversion.folder import RECORD
 from spikelm.conversion.sources import open_source, quiet
 from spikelm.modeling import SpikeLMForCausalLM
 
@@ -22,6 +23,8 @@ def load_model(
     progress: bool = True,
 ) -> tuple[PreTrainedModel, Any]:
     """A causal language model in evaluation mode on the CPU, and its tokenizer.
+
+    The model from a folder that a conversion wrote has its record as `model.conversion`.
 
     Args:
         source: a folder that a conversion wrote, or whatever `spikelm.convert` takes as a source.
@@ -74,6 +77,8 @@ def _load_spiking(
     tensors = read_checkpoint(folder, progress)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else next(iter(tensors.values())).dtype
     model = _filled(SpikeLMForCausalLM, config, tensors, dtype or stored, str(folder))
+    if (folder / RECORD).is_file():
+        model.conversion = read_json(folder / RECORD)  # type: ignore[assignment]
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

@@ -1,7 +1,7 @@
 """What a conversion changes: the mixer of every layer, which activations spike, and how."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeGuard
 
 from huggingface_hub.errors import StrictDataclassError
@@ -12,6 +12,7 @@ from spikelm.validation import CODES, READ_SITES, THRESHOLDS
 
 ALLOCATIONS = ("gradient", "uniform")
 DEFAULT_WINDOW = 4096
+LONGEST_MEMORY = 2048  # half-life, in tokens, at which the slowest new gates begin
 SHORT_WINDOW = 64  # of window_linear, whose past is not lost outside of it
 
 
@@ -22,9 +23,11 @@ class ConversionPlan:
     Attributes:
         mixers: `keep` (every layer keeps its own), one mixer for all layers (`attention`, `swa`, `window_linear`,
             `gla`, `retention`, `delta`, or one of the last three beside one of the first two, as `gla+swa`),
-            `uniform:N` (every Nth layer keeps its own, the others become `target`), or a list with one entry per
-            layer, `keep` among the possible ones.
-        target: the mixer of the layers that `uniform:N` changes.
+            `uniform:N` (every Nth layer keeps its own, the others become `target`), `auto` (`keep` layers keep their
+            own, those whose replacement is measured to cost most), or a list with one entry per layer, `keep` among the
+            possible ones.
+        target: the mixer of the layers that `uniform:N` and `auto` change.
+        keep: for `auto`: how many layers keep their own mixer; below 1: which share of all.
         window: width, in tokens, of the windows in layers that the plan names; default: the source's own; else for
             `swa` 4096, or the model's longest text if that is shorter, and for `window_linear` 64, as in LoLCATs.
         sinks: first tokens of a text that sliding windows which the source does not have keep seeing.
@@ -48,6 +51,7 @@ class ConversionPlan:
 
     mixers: str | list[str] = "keep"
     target: str = "gla"
+    keep: int | float = 0.25
     window: int | None = None
     sinks: int = 4
     sites: str | list[str] = "all"
@@ -63,11 +67,13 @@ class ConversionPlan:
     def __post_init__(self) -> None:
         if isinstance(self.mixers, str):
             if self._period() is None:
-                _mixer("mixers", self.mixers, "keep", "uniform:N")
+                _mixer("mixers", self.mixers, "keep", "auto", "uniform:N")
         else:
             for name in self.mixers:
                 _mixer("mixers", name, "keep")
         _mixer("target", self.target)
+        if not _is_number(self.keep) or self.keep <= 0 or (self.keep > 1 and self.keep != int(self.keep)):
+            raise ValueError(f"keep must be a number of layers, or a share of them below 1; got {self.keep!r}.")
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise ValueError(f"window must be a whole number of tokens, at least 1; got {self.window!r}.")
         if not isinstance(self.sinks, int) or self.sinks < 0:
@@ -133,6 +139,28 @@ class ConversionPlan:
         """Whether something is to be measured on a calibration text."""
         return bool(self.site_names) and (self.silent_share is not None or self.threshold != "token")
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether the mixers follow from a measurement, so that the plan has to be `decided` before it is applied."""
+        return self.mixers == "auto"
+
+    def everywhere(self) -> "ConversionPlan":
+        """The plan that replaces every layer, without spikes: what `auto` measures on."""
+        return replace(self, mixers=self.target, sites="none", silent_share=None)
+
+    def kept_of(self, layers: int) -> int:
+        """How many of so many layers the budget of `auto` keeps. Raises ValueError if none would be replaced."""
+        kept = max(round(self.keep * layers), 1) if self.keep < 1 else int(self.keep)
+        if kept >= layers:
+            raise ValueError(
+                f"keep is {self.keep:g}, but only {layers} layers would change: keep fewer, or choose 'keep'."
+            )
+        return kept
+
+    def decided(self, kept: list[int], layers: int) -> "ConversionPlan":
+        """The plan of a model with so many layers, of which `kept` keep their own mixer."""
+        return replace(self, mixers=["keep" if i in kept else self.target for i in range(layers)])
+
     def apply(self, source: dict[str, Any]) -> SpikeLMConfig:
         """The configuration of the converted model, from the fields that a family's table gives for the source.
 
@@ -162,6 +190,9 @@ class ConversionPlan:
             "mixers": mixers,
             "attention_window": windows if any(windows) else None,
             "attention_sinks": sinks if any(sinks) else 0,
+            "parallel_norms": "linear",
+            "gla_longest_memory": LONGEST_MEMORY,
+            "delta_longest_memory": LONGEST_MEMORY,
             "spike_sites": self.site_names or None,
             "spike_code": self.code,
             "spike_k": self.k,
@@ -228,6 +259,8 @@ class ConversionPlan:
     def _origin(self) -> str:
         if self.mixers == "keep":
             return "as in the source"
+        if self.is_measured:
+            return f"keeping {self.keep:g}, measured"
         if self._period():
             return f"{self.mixers}, others {self.target}"
         return "as the plan says"
