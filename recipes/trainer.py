@@ -14,6 +14,7 @@ half summed up when it is written, and a run that goes on from it logs what an u
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,6 +199,8 @@ class RecipeTrainer(MatrixDecayTrainer):
             self.train()
             return 0
         folder = self.checkpoints.path(steps[-1])
+        if self.args.should_save:
+            print(f"Going on from step {steps[-1]} of {self.args.max_steps}.", file=sys.stderr, flush=True)
         if isinstance(self.train_dataset, Bounded):
             self.train_dataset.resume((folder / STREAM).read_text())
         self.train(resume_from_checkpoint=str(folder))
