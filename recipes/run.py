@@ -37,6 +37,7 @@ from spikelm import SpikeLMConfig, SpikeLMForCausalLM
 from spikelm.conversion.checkpoints import reason
 from spikelm.loading import load_model
 from spikelm.recipes.checkpoints import UNWRITABLE, sync_all, write_whole
+from spikelm.recipes.data import Data, DataSettings, load_data
 from spikelm.recipes.settings import Settings
 from spikelm.recipes.trainer import Bounded, RecipeTrainer
 
@@ -51,7 +52,7 @@ def run(
     settings: Settings,
     trainer_class: Callable[..., RecipeTrainer] = RecipeTrainer,
     prepare: Callable[[PreTrainedModel, Any, Settings], Any] | None = None,
-    data: Callable[[Settings, Any], Any] | None = None,
+    data: Callable[[Settings, Any], Data] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train as the settings say; returns the report.
@@ -136,9 +137,7 @@ def _tokenizer(name: str) -> Any:
         raise ValueError(f"tokenizer {name} cannot be read: {reason(error)}") from error
 
 
-def _texts(settings: Settings, tokenizer: Any) -> Any:
-    from spikelm.recipes.data import DataSettings, load_data
-
+def _texts(settings: Settings, tokenizer: Any) -> Data:
     return load_data(DataSettings.of(settings.data), tokenizer, settings.seed)
 
 
