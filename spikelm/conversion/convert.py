@@ -62,7 +62,7 @@ def convert(
     if plan is not None and choices:
         raise ValueError(f"Give a plan or its choices, not both; got a plan and {', '.join(sorted(choices))}.")
     plan = plan or ConversionPlan.of(**choices)
-    wanted = _dtype(dtype)
+    wanted = spelled_dtype(dtype)
     place = None if out is None else Path(out).expanduser()
     if place is not None:
         check_out(place, overwrite)
@@ -74,7 +74,7 @@ def convert(
     if plan.needs_text and not isinstance(calibration_text, Tensor) and opened.tokenizer is None:
         raise ValueError("Calibration needs a tokenizer, and the source has none: give tokenizer= or token ids.")
 
-    model, record = _build(opened, family, config, wanted or opened.dtype)
+    model, record = build(opened, family, config, wanted or opened.dtype)
     if isinstance(source, PreTrainedModel):
         model.to(source.device)  # type: ignore[arg-type]
     record |= {"plan": plan.as_dict(), "calibration": None, "measured": {}, "notes": opened.notes}
@@ -93,7 +93,7 @@ def convert(
     return model
 
 
-def _build(
+def build(
     opened: Source, family: Family, config: SpikeLMConfig, dtype: torch.dtype
 ) -> tuple[SpikeLMForCausalLM, dict[str, Any]]:
     """The model, filled with the source's tensors (which leave `opened`), and the first part of its record."""
@@ -157,7 +157,7 @@ def blank_model(config: SpikeLMConfig) -> SpikeLMForCausalLM:
         raise ValueError(f"The source's configuration does not make a model: {reason(error)}") from error
 
 
-def _dtype(name: str | torch.dtype) -> torch.dtype | None:
+def spelled_dtype(name: str | torch.dtype) -> torch.dtype | None:
     """The dtype meant by an argument; None for "auto"."""
     if name == "auto":
         return None
