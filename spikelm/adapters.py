@@ -32,7 +32,7 @@ from spikelm.conversion.checkpoints import read_checkpoint, read_json, reason
 from spikelm.conversion.convert import build, spelled_dtype
 from spikelm.conversion.families import EMBEDDING, HEAD, family_of
 from spikelm.conversion.folder import check_out, staged
-from spikelm.conversion.keys import listed, new_parameters
+from spikelm.conversion.keys import SITE_PATHS, listed, new_parameters
 from spikelm.conversion.sources import open_source, quiet
 from spikelm.loading import read_config
 from spikelm.modeling import SpikeLMForCausalLM
@@ -55,12 +55,14 @@ def add_adapter(
         targets: names of linears (`q_proj`); None: all linears of the layers that the base has too.
 
     Raises:
-        ValueError: a rank below 1, no linear of these names, a model that has an adapter; peft is not installed.
+        ValueError: a rank below 1, no linear of these names, a model that has an adapter or is not of a form that
+            `convert` makes; peft is not installed.
     """
     if rank < 1 or alpha <= 0:
         raise ValueError(f"An adapter needs a rank of at least 1 and an alpha above 0; got {rank} and {alpha}.")
     if _has_adapter(model):
         raise ValueError("The model has an adapter already; merge it first.")
+    _check_form(model.config)
     new = new_parameters(model.config)
     linears = {
         name: module
@@ -74,11 +76,11 @@ def add_adapter(
     if not chosen:
         raise ValueError(f"targets names no linears at all; the model has {', '.join(sorted(known))}.")
     peft = _peft()
-    inject(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, bias="none"))
+    _inject(model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=chosen, bias="none"))
     return model
 
 
-def inject(model: SpikeLMForCausalLM, config: Any) -> None:
+def _inject(model: SpikeLMForCausalLM, config: Any) -> None:
     """Build the pairs that a peft configuration asks for, and freeze what the base has."""
     base = base_marks(model)
     _peft().inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
@@ -148,7 +150,7 @@ def load_adapter(
     _check_base(model, folder)
     pairs = load_file(folder / "adapter_model.safetensors")
     try:
-        inject(model, peft.LoraConfig.from_pretrained(str(folder)))
+        _inject(model, peft.LoraConfig.from_pretrained(str(folder)))
         missed = model.load_state_dict(new, strict=False).unexpected_keys
         result = peft.set_peft_model_state_dict(
             model, {name.removeprefix(_PREFIX): t for name, t in pairs.items()}, adapter_name=_ADAPTER
@@ -234,6 +236,18 @@ def _ours(base: str | Path | PreTrainedModel, progress: bool) -> dict[str, Tenso
     if read_json(folder / "config.json").get("model_type") != SpikeLMConfig.model_type:
         return None
     return read_checkpoint(folder, progress)
+
+
+def _check_form(config: SpikeLMConfig) -> None:
+    """Raise ValueError unless what a base lacks is known: conversions have these sites, and no neurons."""
+    layers = range(config.num_hidden_layers)
+    strange = {site for i in layers for site in config.sites_at(i)} - set(SITE_PATHS)
+    strange |= {config.at("spike_neuron", i) for i in layers if config.sites_at(i)} - {"none"}
+    if strange:
+        raise ValueError(
+            f"An adapter is for a model that a conversion made, with sites {', '.join(SITE_PATHS)}; this one has "
+            f"{', '.join(sorted(strange))}. Train all of its weights."
+        )
 
 
 def _has_adapter(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import spikelm
+from small_models import small_model
 from spikelm.adapters import add_adapter, merge_adapter, save_adapter
 from spikelm.conversion.keys import new_parameters
 from spikelm.spiking import SpikeStatistics, execute_trains, spike_groups
@@ -139,6 +140,12 @@ def test_models_that_can_have_no_adapter(source, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             add_adapter(model, **fields)
+    for changes in (
+        {"spike_sites": ["ffn_out"]},
+        {"spike_sites": ["qkv"], "spike_neuron": "lif", "spike_code": "binary"},
+    ):
+        with pytest.raises(ValueError, match=r"this one has (ffn_out|lif)\."):
+            add_adapter(small_model(**changes))
     add_adapter(model)
     with pytest.raises(ValueError, match="has an adapter already"):
         add_adapter(model)
