@@ -3,6 +3,7 @@
 out/settings.json     what the run was started with
 out/checkpoints/      see `checkpoints.py`
 out/model/            the trained model: weights, tokenizer, generation config
+out/adapter/          with `lora`: what makes the trained model of its base, see `spikelm.adapters`
 out/report.json       written last: losses, speed, versions; a run that has it is finished
 """
 
@@ -38,7 +39,9 @@ from spikelm.conversion.checkpoints import reason
 from spikelm.loading import load_model
 from spikelm.recipes.checkpoints import UNWRITABLE, sync_all, write_whole
 from spikelm.recipes.data import Data, DataSettings, load_data
+from spikelm.recipes.lora import Lora
 from spikelm.recipes.settings import Settings
+from spikelm.recipes.spikes import spike_callbacks
 from spikelm.recipes.trainer import Bounded, RecipeTrainer
 
 MISTAKES = (ValueError, OSError, FloatingPointError, StrictDataclassError)
@@ -77,11 +80,15 @@ def run(
         _say(f"{out} is finished: {report['steps']} steps, {report['tokens']} tokens. For another run, change `out`.")
         return report
     arguments = training_arguments(settings)
+    callbacks = [*callbacks, *spike_callbacks(settings.spikes)]
+    lora = None if settings.lora is None else Lora.of(settings.lora)
     main = PartialState().is_main_process
     set_seed(settings.seed)
     model, tokenizer = load(settings)
     if prepare is not None:
         model = prepare(model, tokenizer, settings)
+    if lora is not None:
+        model = lora.added_to(model)
     use_cache = model.config.use_cache
     texts = (data or _texts)(settings, tokenizer)
     items = settings.steps * settings.batch
@@ -99,7 +106,7 @@ def run(
         eval_dataset=texts.heldout,
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=list(callbacks),
+        callbacks=callbacks,
     )
     model.config.use_cache = use_cache  # Trainer has switched it off, also for whoever loads what it saves
     if main:

@@ -61,6 +61,8 @@ class Settings:
         model: a model folder, a hub id or a `.gguf` file to go on from. tokenizer: to train from nothing instead: a
             folder, a hub id, or `bytes` (a token is a byte).
         config: fields of `SpikeLMConfig`; beside `model`, those that replace its own.
+        spikes: how spikes come into the model, see `spikes.py`.
+        lora: fields of `Lora`: adapters are trained in place of the weights, and written to `out/adapter` as well.
         seed: of initial values, data order, dropout and noise.
         training: further fields of transformers' `TrainingArguments`.
     """
@@ -74,6 +76,8 @@ class Settings:
     model: str | None = None
     tokenizer: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    spikes: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
 

@@ -26,7 +26,7 @@ from spikelm.loading import load_model
 from spikelm.spiking import SpikeStatistics, execute_trains, spike_groups
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-RECIPES = ("pretrain", "extend_context", "sft")
+RECIPES = ("pretrain", "distill", "extend_context", "sft")
 QUICKSTART_PROMPT = "What is a spiking neural network? Answer in two sentences."
 
 _execute = click.option(
