@@ -199,6 +199,7 @@ class Builder:
             "data": {"sources": sources, "window": own.pop("window"), "heldout": list(self.table.texts.values())},
             "tokens": tokens,
             "checkpoints": max(tokens // 4, 1),
+            "heldout_tokens": 2 * self.table.window,
             "training": self.table.distill["training"],
             **own,
         }

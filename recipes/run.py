@@ -22,7 +22,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
@@ -103,7 +103,7 @@ def run(
         model=model,
         args=arguments,
         train_dataset=train,
-        eval_dataset=texts.heldout,
+        eval_dataset=_spread(texts.heldout, settings),
         processing_class=tokenizer,
         data_collator=default_data_collator,
         callbacks=callbacks,
@@ -142,6 +142,16 @@ def _tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ValueError(f"tokenizer {name} cannot be read: {reason(error)}") from error
+
+
+def _spread(heldout: Any, settings: Settings) -> Any:
+    """The held-out windows that a checkpoint is measured on."""
+    if heldout is None or settings.heldout_tokens is None:
+        return heldout
+    count = max(1, settings.heldout_tokens // settings.window)
+    if count >= len(heldout):
+        return heldout
+    return Subset(heldout, torch.linspace(0, len(heldout) - 1, count).round().long().tolist())
 
 
 def _texts(settings: Settings, tokenizer: Any) -> Data:
