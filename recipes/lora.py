@@ -3,8 +3,8 @@
     lora: {rank: 8, alpha: 16, targets: [q_proj, k_proj, v_proj, o_proj]}       # `lora: {}`: 8, 16, all linears
 
 Checkpoints hold what trains. In the end `out/adapter` is what `spikelm.load_adapter(base, folder)` makes the trained
-model of, and `out/model` that model, merged. The base is `model` in the settings: a converted model is the base of its
-adapter as well as its source is.
+model of, and `out/model` that model, merged. The base is `model` in the settings, or the source that it was converted
+from (see `spikelm.adapters`).
 """
 
 import shutil

@@ -14,7 +14,9 @@ trained and saved whole. A folder holds
     save_adapter(model, folder)
     model = spikelm.load_adapter(base, folder)                                          # the same logits
 
-Spike sites stay what and where they are: a low-rank pair reads the spikes that its matrix reads. Needs peft.
+The base is the source of the conversion, or the converted model. Where a conversion changed the source's own matrices
+(attention transfer, a rotation), it is the converted model alone, and the source is refused. Spike sites stay what and
+where they are: a low-rank pair reads the spikes that its matrix reads. Needs peft.
 """
 
 import json
