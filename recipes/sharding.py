@@ -22,13 +22,11 @@ class ShardedTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Raises ValueError if the launch config asks for a split that Accelerate leaves out without a word."""
         super().create_accelerator_and_postprocess()
-        taken = {"FSDP": self.is_fsdp_enabled, "DEEPSPEED": self.is_deepspeed_enabled}
-        for engine, enabled in taken.items():
-            if os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true" and not enabled:
-                raise ValueError(
-                    f"the launch config asks for {engine}, which Accelerate starts only in several processes on GPUs; "
-                    "this would train whole copies. Use cpu, cpu_two, gpu or ddp."
-                )
+        if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and not self.is_fsdp_enabled:
+            raise ValueError(
+                "the launch config asks for FSDP, which Accelerate starts only in several processes on GPUs; this would "
+                "train whole copies. Use cpu, cpu_two, gpu or ddp."
+            )
         if self.accelerator.is_fsdp2:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
@@ -51,7 +49,8 @@ class ShardedTrainer(Trainer):
             return
         state = self.accelerator.get_state_dict(self.model)
         if self.args.should_save:
-            self._save(output_dir, state_dict=state)
+            tied = getattr(self.model, "all_tied_weights_keys", {})  # gathered twice, they no longer share memory
+            self._save(output_dir, state_dict={name: t for name, t in state.items() if name not in tied})
 
     def check_layout(self, checkpoint: Path) -> None:
         """Raise ValueError if a checkpoint was written by another engine than the one that is to read it."""
