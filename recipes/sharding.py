@@ -24,8 +24,8 @@ class ShardedTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and not self.is_fsdp_enabled:
             raise ValueError(
-                "the launch config asks for FSDP, which Accelerate starts only in several processes on GPUs; this would "
-                "train whole copies. Use cpu, cpu_two, gpu or ddp."
+                "the launch config asks for FSDP, which Accelerate starts only in several processes on GPUs; this "
+                "would train whole copies. Use cpu, cpu_two, gpu or ddp."
             )
         if self.accelerator.is_fsdp2:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
