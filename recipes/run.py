@@ -162,7 +162,11 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     """Trainer's arguments that the settings amount to. Raises ValueError for what does not fit."""
     save = max(1, settings.checkpoints // settings.step_tokens)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # asked for before the processes have met
-    given = {"logging_steps": max(1, settings.steps // 100), "dataloader_pin_memory": torch.cuda.is_available()}
+    given = {
+        "logging_steps": max(1, settings.steps // 100),
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
     arguments = TrainingArguments(
         **(given | settings.training),
         output_dir=settings.out,

@@ -35,6 +35,7 @@ from spikelm.conversion.sources import quiet
 from spikelm.kernels.linear_loss import linear_cross_entropy
 from spikelm.recipes.checkpoints import UNWRITABLE, Checkpoints
 from spikelm.recipes.lora import export_adapter
+from spikelm.recipes.sharding import ShardedTrainer
 from spikelm.spiking.rate import RateRegulariser
 
 IGNORED = -100
@@ -49,7 +50,7 @@ class MatrixDecayTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
 
-class RecipeTrainer(MatrixDecayTrainer):
+class RecipeTrainer(ShardedTrainer, MatrixDecayTrainer):
     """Trains on windows of tokens. A recipe overrides `token_losses`, and `export` if its result is no plain model.
 
     Attributes:
@@ -206,6 +207,7 @@ class RecipeTrainer(MatrixDecayTrainer):
             self.train()
             return 0
         folder = self.checkpoints.path(steps[-1])
+        self.check_layout(folder)
         if self.args.should_save:
             print(f"Going on from step {steps[-1]} of {self.args.max_steps}.", file=sys.stderr, flush=True)
         if isinstance(self.train_dataset, Bounded):
@@ -226,8 +228,9 @@ class RecipeTrainer(MatrixDecayTrainer):
         folder = self.checkpoints.staging(step)
         try:
             self.store_flos()
-            with quiet():
-                self.save_model(str(folder), _internal_call=True)
+            if not self.is_split:
+                with quiet():
+                    self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
