@@ -51,6 +51,8 @@ _INCIDENTAL = {
     "use_cache",
     "layer_types",
     "gla_gate_bias",
+    "gla_longest_memory",
+    "delta_longest_memory",
 }
 
 

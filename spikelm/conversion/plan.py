@@ -190,9 +190,7 @@ class ConversionPlan:
             "mixers": mixers,
             "attention_window": windows if any(windows) else None,
             "attention_sinks": sinks if any(sinks) else 0,
-            "parallel_norms": "linear",
-            "gla_longest_memory": LONGEST_MEMORY,
-            "delta_longest_memory": LONGEST_MEMORY,
+            **_beginnings(mixers),
             "spike_sites": self.site_names or None,
             "spike_code": self.code,
             "spike_k": self.k,
@@ -275,6 +273,13 @@ FORGETTING, ATTENDING = ("gla", "retention", "delta"), ("attention", "swa")
 TARGETS = (*ATTENDING, "window_linear", *FORGETTING)
 WINDOWED = frozenset({"swa", "window_linear"})
 _PER = {"token": "token", "calibrated": "layer and site, calibrated", "learned": "layer and site, learned"}
+
+
+def _beginnings(mixers: list[str]) -> dict[str, Any]:
+    """How new mixers start: a linear branch beside a window at nothing, gates with long memories."""
+    used = {name for mixer in mixers for name in mixer.split("+")}
+    fields: dict[str, Any] = {"parallel_norms": "linear"} if any("+" in mixer for mixer in mixers) else {}
+    return fields | {f"{name}_longest_memory": LONGEST_MEMORY for name in ("gla", "delta") if name in used}
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

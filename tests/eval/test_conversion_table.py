@@ -26,6 +26,7 @@ TABLE = {
         "layers": [1],
         "mixers": {"linear": "gla+swa", "window": "swa"},
         "window": 8,
+        "sinks": 2,
         "transfer": 96,
         "distill": 96,
     },
