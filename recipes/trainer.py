@@ -62,7 +62,7 @@ class RecipeTrainer(ShardedTrainer, MatrixDecayTrainer):
 
     def __init__(self, *, settings: Any, **kwargs: Any):
         super().__init__(**kwargs)
-        if settings.lora is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if settings.lora is not None and self.is_split:
             raise ValueError("lora needs whole parameters in every process: use DDP, or leave it out.")
         self.settings = settings
         self.checkpoints = Checkpoints(Path(settings.out) / "checkpoints")
