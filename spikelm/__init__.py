@@ -18,6 +18,7 @@ from transformers import (  # noqa: E402
 )
 
 from spikelm import presets  # noqa: E402
+from spikelm.adapters import load_adapter  # noqa: E402
 from spikelm.cache import SpikeCache  # noqa: E402
 from spikelm.configuration import SpikeLMConfig  # noqa: E402
 from spikelm.conversion.convert import convert  # noqa: E402
@@ -48,6 +49,7 @@ __all__ = [
     "execute_trains",
     "export_checkpoint",
     "import_checkpoint",
+    "load_adapter",
     "presets",
     "spike_groups",
 ]

@@ -12,7 +12,7 @@ from spikelm.conversion.families import EMBEDDING, HEAD, OUTER, Family
 _LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 # Rotary tables that old checkpoints carry; they follow from the configuration.
 _DERIVED_KEY = re.compile(r"model(\.layers\.\d+\.self_attn)?\.rotary_emb\.(original_)?inv_freq")
-_SITE_PATHS = {
+SITE_PATHS = {
     "qkv": "mixer.qkv_site",
     "o": "mixer.o_site",
     "gate_up": "ffn.gate_up_site",
@@ -38,12 +38,12 @@ def new_parameters(config: SpikeLMConfig) -> set[str]:
     names: set[str] = set()
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
-        names |= {f"{layer}.{_SITE_PATHS[site]}.{t}" for site in config.sites_at(i) for t in site_tensors}
+        names |= {f"{layer}.{SITE_PATHS[site]}.{t}" for site in config.sites_at(i) for t in site_tensors}
         mixers = config.mixers[i].split("+")
         names |= {f"{layer}.mixer.{mixer}.{tensor}" for mixer in mixers for tensor in _NEW.get(mixer, ())}
         if "gla" in mixers and config.at("gla_gate", i) == "low_rank":
             names |= {f"{layer}.mixer.gla.gate.{t}" for t in ("0.weight", "1.weight", "1.bias")}
-        if len(mixers) > 1:
+        if len(mixers) > 1 and config.at("parallel_norms", i) == "both":
             # A mixer with an output norm of its own needs no other.
             normed = {mixer for mixer in mixers if "norm.weight" in _NEW.get(mixer, ())}
             names |= {f"{layer}.mixer.branch_norms.{mixer}.weight" for mixer in mixers if mixer not in normed}
