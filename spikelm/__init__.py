@@ -22,6 +22,7 @@ from spikelm.cache import SpikeCache  # noqa: E402
 from spikelm.configuration import SpikeLMConfig  # noqa: E402
 from spikelm.conversion.convert import convert  # noqa: E402
 from spikelm.conversion.importing import export_checkpoint, import_checkpoint  # noqa: E402
+from spikelm.inference import prepare_for_inference, restore_dense  # noqa: E402
 from spikelm.modeling import (  # noqa: E402
     SpikeLMForCausalLM,
     SpikeLMForSequenceClassification,
@@ -48,6 +49,8 @@ __all__ = [
     "execute_trains",
     "export_checkpoint",
     "import_checkpoint",
+    "prepare_for_inference",
     "presets",
+    "restore_dense",
     "spike_groups",
 ]

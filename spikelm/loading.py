@@ -9,6 +9,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedM
 from spikelm.configuration import SpikeLMConfig
 from spikelm.conversion.checkpoints import read_checkpoint, read_json, reason
 from spikelm.conversion.sources import open_source, quiet
+from spikelm.inference.packed import load_packed
 from spikelm.modeling import SpikeLMForCausalLM
 
 _SITE_TENSORS = ("_site.k", "_site.dead_zone", "_site.magnitude")
@@ -53,9 +54,12 @@ def read_config(folder: Path) -> SpikeLMConfig:
 
 def _load_spiking(folder: Path, dtype: torch.dtype | None, progress: bool) -> tuple[PreTrainedModel, Any]:
     config = read_config(folder)
-    tensors = read_checkpoint(folder, progress)
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else next(iter(tensors.values())).dtype
-    model = _filled(SpikeLMForCausalLM, config, tensors, dtype or stored, str(folder))
+    if config.packed_weights is not None:
+        model = load_packed(SpikeLMForCausalLM, config, folder, dtype=dtype)
+    else:
+        tensors = read_checkpoint(folder, progress)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else next(iter(tensors.values())).dtype
+        model = _filled(SpikeLMForCausalLM, config, tensors, dtype or stored, str(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

@@ -97,6 +97,33 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         "hidden_states": SpikeLMDecoderLayer,
         "attentions": OutputRecorder(SoftmaxCore, index=1),
     }
+    prepared: Any = None  # how `spikelm.prepare_for_inference` stored the weights
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a folder of packed weights becomes a prepared model, with `events` as an option."""
+        from spikelm.inference.packed import is_packed, load_packed  # builds on this file
+
+        if not is_packed(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = kwargs.get("config") or SpikeLMConfig.from_pretrained(pretrained_model_name_or_path)
+        options = {name: kwargs[name] for name in ("events", "dtype") if name in kwargs}
+        return load_packed(cls, config, pretrained_model_name_or_path, **options)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; a prepared model is written as packed weights, see `spikelm.inference.packed`."""
+        self.config.packed_weights = None if self.prepared is None else self.prepared.weights
+        if self.prepared is None:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        else:
+            from spikelm.inference.packed import save_packed  # builds on this file
+
+            save_packed(self, save_directory)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; embedding and head of a prepared model share their table already."""
+        if self.prepared is None:
+            super().tie_weights(*args, **kwargs)
 
     def post_init(self) -> None:
         """Called at the end of every constructor: what holds its own precision is loaded in it."""
