@@ -24,21 +24,25 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping
 
 
 @cache
-def library(name: str) -> ctypes.CDLL | None:
-    """The compiled `kernels/<name>.cpp`, or None where it cannot be had; a compiler that fails is warned about."""
+def library(name: str, *flags: str) -> ctypes.CDLL | None:
+    """The compiled `kernels/<name>.cpp`, or None where it cannot be had; a compiler that fails is warned about.
+
+    `flags` are the compiler's, beside those that all files get.
+    """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or os.environ.get("SPIKELM_CPP", "1") == "0":
         return None
     source = Path(__file__).with_name(f"{name}.cpp")
     try:
-        key = hashlib.sha256("\0".join([source.read_text(), compiler, *FLAGS, _processor()]).encode()).hexdigest()[:16]
+        texts = [file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))]
+        key = hashlib.sha256("\0".join([*texts, compiler, *FLAGS, *flags, _processor()]).encode()).hexdigest()[:16]
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spikelm"
         target = folder / f"{name}-{key}.so"
         if not target.exists():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 built = Path(scratch) / "built.so"
-                command = [compiler, *FLAGS, str(source), "-o", str(built)]
+                command = [compiler, *FLAGS, *flags, str(source), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 built.replace(target)  # at once, so that no other process loads half a file
         return ctypes.CDLL(str(target))

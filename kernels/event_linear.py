@@ -136,7 +136,7 @@ def _event_linear(
     dense: bool,
 ) -> Tensor:
     x, threshold, bias = contiguous(x, threshold, bias)
-    rows = Rows(format, data.contiguous(), scales, group, inputs, outputs)
+    rows = Rows(format, *contiguous(data, scales), group, inputs, outputs)
     if format != "fp64" and use_triton(x, threshold, data, scales, bias):
         from spikelm.kernels.event_linear_triton import event_linear_triton
 
@@ -166,9 +166,9 @@ def _table_linear(
     outputs: int,
 ) -> Tensor:
     x, bias = contiguous(x, bias)
-    table = Table(format, data.contiguous(), scales, group, inputs, outputs)
+    table = Table(format, *contiguous(data, scales), group, inputs, outputs)
     if event_linear_cpp.takes(x, table):
-        return event_linear_cpp.table_linear(x, table, bias).to(x.dtype)
+        return event_linear_cpp.event_linear(x, None, table, bias, True).to(x.dtype)
     return event_linear_torch.table_linear(x, table, bias).to(x.dtype)
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from spikelm.kernels.rows import Rows, Table, unpack, unpacked_halves
 from spikelm.kernels.runtime import wide_dtype
 
+FEW = 8  # rows of a batch; of more, hardly an input is silent in all
 _WIDENED = 4096  # outputs
 
 
 def event_linear(x: Tensor, threshold: Tensor | None, rows: Rows, bias: Tensor | None, dense: bool) -> Tensor:
     """x [B, in], counts if there is a threshold [B, 1] -> y [B, out] in float32 or better."""
-    wide = wide_dtype(x, rows.data)
+    wide, dense = wide_dtype(x, rows.data), dense or x.shape[0] > FEW
     if threshold is not None and rows.scales is not None:
         # Integers up to 2^53 are exact in float64.
         y = _chosen(x.double(), rows, dense) * threshold
