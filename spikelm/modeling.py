@@ -28,6 +28,7 @@ from spikelm.configuration import SpikeLMConfig
 from spikelm.context import ForwardContext, check_padding
 from spikelm.ffns import FFNS
 from spikelm.grid import add_grids
+from spikelm.inference.decoder import LayerRun
 from spikelm.initial import fill
 from spikelm.mixers import make_mixer
 from spikelm.mixers.attention import SoftmaxCore
@@ -170,7 +171,14 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         self.norm = make_norm(config.final_norm, config.hidden_size, config.norm_eps)
         self.rotary = nn.ModuleDict(make_rotaries(config))
         self.gradient_checkpointing = False
+        self.runs: list[Any] | None = None  # in a prepared model: the layers, plain ones in runs
         self.post_init()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        for run in self.runs or ():
+            if isinstance(run, LayerRun):
+                run.forget()
+        return super()._apply(*args, **kwargs)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -226,7 +234,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         position_ids = position_ids.expand(x.shape[0], -1)
         context = ForwardContext.build(position_ids, attention_mask, cache, restarts)
         context.rope = {name: rotary(x, position_ids) for name, rotary in self.rotary.items()}
-        for layer in self.layers:
+        for layer in self.layers if self.runs is None else self.runs:
             x = layer(x, context=context)
         context.finish(position_ids)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE_NAME: cache if use_cache else None})

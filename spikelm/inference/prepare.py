@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spikelm.ffns.moe import MixtureFFN
 from spikelm.grid import codes_of
 from spikelm.inference.choice import limits, most_active
+from spikelm.inference.decoder import plain_runs
 from spikelm.inference.linears import EventProduct, Reader, StoredEmbedding, StoredHead, StoredWeights
 from spikelm.kernels.rows import GROUP, LARGEST_CODE, Rows, pack_rows, pack_table, rows_of_codes
 from spikelm.kernels.runtime import expect
@@ -117,6 +118,7 @@ def restore_dense(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, Site):
             module.hands_counts, module.handed_on = False, None
+    model.base_model.runs = None
     del model.prepared
     return model.requires_grad_(True)
 
@@ -158,7 +160,7 @@ def install_tables(model: Any, table: StoredWeights, own: StoredWeights) -> None
 
 
 def finish(model: Any, prepared: Prepared) -> Any:
-    """Mark the model, and fill in what "auto" must know."""
+    """Mark the model, fill in what "auto" must know, join plain layers into runs."""
     model.prepared = prepared
     if prepared.events == "auto":
         products = [m for m in model.modules() if isinstance(m, EventProduct)]
@@ -170,6 +172,7 @@ def finish(model: Any, prepared: Prepared) -> Any:
         for product in products:
             known = choices[f"{product.format}/{product.group}"]
             product.most_active = limits(known, product.inputs, product.outputs)
+    model.base_model.runs = plain_runs(list(model.base_model.layers))
     return model.eval().requires_grad_(False)
 
 
