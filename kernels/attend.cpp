@@ -30,7 +30,8 @@ struct Call {  // as _Call in attend.py
     float *qkv;
     const float *cos, *sin;
     float *keys, *values, *heads;
-    int64_t batch, queries, shared, width, turned, capacity, length;
+    const int64_t *length;
+    int64_t batch, queries, shared, width, turned, capacity;
     float scale;
 };
 
@@ -96,13 +97,13 @@ void join(const float *parts, int64_t pieces, int64_t stride, int64_t width, flo
 
 extern "C" void attend(const Call *call, int threads) {
     const Call &c = *call;
-    const int64_t group = c.queries / c.shared, row = (c.queries + 2 * c.shared) * c.width, total = c.length + 1;
+    const int64_t group = c.queries / c.shared, row = (c.queries + 2 * c.shared) * c.width, length = *c.length, total = length + 1;
     for (int64_t b = 0; b < c.batch; b++) {
         float *q = c.qkv + b * row, *k = q + c.queries * c.width, *v = k + c.shared * c.width;
         for (int64_t h = 0; h < c.queries + c.shared; h++)
             rotate(q + h * c.width, c.cos + b * c.turned, c.sin + b * c.turned, c.turned);
         for (int64_t h = 0; h < c.shared; h++) {
-            const int64_t to = ((b * c.shared + h) * c.capacity + c.length) * c.width;
+            const int64_t to = ((b * c.shared + h) * c.capacity + length) * c.width;
             std::copy_n(k + h * c.width, c.width, c.keys + to);
             std::copy_n(v + h * c.width, c.width, c.values + to);
         }

@@ -1,13 +1,13 @@
 """The event product on the CPU through `event_linear.cpp`, in float32: any number of rows, meant for few."""
 
 import ctypes
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spikelm.kernels import cpp
+from spikelm.kernels.chain import Compiled
 from spikelm.kernels.event_linear_torch import FEW
 from spikelm.kernels.rows import Rows, Table
 
@@ -50,7 +50,7 @@ def event_linear(x: Tensor, threshold: Tensor | None, weights: Rows | Table, bia
     return y
 
 
-def prepare(call: "EventCall") -> Callable[[], None] | None:
+def prepare(call: "EventCall") -> Compiled | None:
     """What runs a prepared call; None where torch must."""
     if not takes(call.x, call.weights):
         return None
@@ -63,13 +63,7 @@ def prepare(call: "EventCall") -> Callable[[], None] | None:
         parts |= {"k": code.k, "zone": code.dead_zone, "magnitude": code.magnitude}
         zones = 0 if code.dead_zone is None else code.dead_zone.numel()
         options |= {"zones": zones, "max_count": code.max_count or 0, "rectify": code.rectify}
-    described, alive = _describe(call.weights, call.x, call.y, parts, options)
-    run, pointer, threads = library().event_linear, ctypes.byref(described), torch.get_num_threads
-
-    def prepared(_alive=alive) -> None:
-        run(pointer, threads())
-
-    return prepared
+    return Compiled(library().event_linear, *_describe(call.weights, call.x, call.y, parts, options))
 
 
 def _describe(

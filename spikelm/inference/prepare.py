@@ -123,6 +123,16 @@ def restore_dense(model: Any) -> Any:
     return model.requires_grad_(True)
 
 
+def set_events(model: Any, events: str) -> Any:
+    """Change `events` of a prepared model; returns it. Raises ValueError for an unknown name or a dense model."""
+    expect(events in EVENTS, "set_events", "events", f"one of {EVENTS}", repr(events), "Choose one of them.")
+    expect(model.prepared is not None, "set_events", "the model", "prepared", "a dense one", "Prepare it first.")
+    for module in model.modules():
+        if isinstance(module, EventProduct):
+            module.events = events
+    return finish(model, Prepared(model.prepared.weights, events))
+
+
 def linear_groups(model: nn.Module) -> Iterator[LinearGroup]:
     """All linears but the head and routers, joined where they read one site, in the order of the modules."""
     head = model.get_output_embeddings()  # type: ignore[operator]

@@ -50,8 +50,10 @@ def _compare(batch, queries, shared, width, turned, length):
     wide = [t.repeat_interleave(queries // shared, 1) for t in (k, v)]
     expected = torch.softmax(0.3 * q @ wide[0].transpose(2, 3), -1) @ wide[1]
 
-    call = AttendCall(qkv, heads, queries, shared, cos[:, 0].contiguous(), sin[:, 0].contiguous(), 0.3)
-    call(keys, values, length)
+    tables = cos[:, 0].contiguous(), sin[:, 0].contiguous(), torch.tensor([length])
+    call = AttendCall(qkv, heads, *tables, queries=queries, shared=shared, scale=0.3)
+    call.place(keys, values)
+    call()
     assert_close("heads", heads, expected[:, :, 0].flatten(1), RATIOS[torch.float32])
     assert_close("key", keys[:, :, length], k[:, :, -1], RATIOS[torch.float32])
     assert torch.equal(values[:, :, length].double(), v[:, :, -1])
@@ -61,4 +63,5 @@ def _compare(batch, queries, shared, width, turned, length):
 def test_buffers_must_fit():
     angles = torch.zeros(1, 16)
     with pytest.raises(ValueError, match="heads must be contiguous float32"):
-        AttendCall(torch.zeros(1, 64), torch.zeros(1, 32, dtype=torch.float64), 2, 1, angles, angles, 1.0)
+        narrow = torch.zeros(1, 32, dtype=torch.float64)
+        AttendCall(torch.zeros(1, 64), narrow, angles, angles, torch.zeros(1).long(), queries=2, shared=1, scale=1.0)
