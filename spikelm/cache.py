@@ -33,6 +33,19 @@ class StateSpec:
     dtype: torch.dtype | None = None
 
 
+@dataclass(eq=False)
+class Loan:
+    """Growing states of a cache layer that a decoder writes behind without storing every token.
+
+    Attributes:
+        names: of the states. slots: room that is asked for. written: slots that were filled.
+    """
+
+    names: tuple[str, ...]
+    slots: int
+    written: int = 0
+
+
 class Stateful:
     """Mixin for modules that carry named states from one forward pass to the next."""
 
@@ -69,10 +82,20 @@ class StateLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.states: dict[str, Tensor] = {}
+        self._states: dict[str, Tensor] = {}
         self.seen = 0  # slots of text, padding included
         # Growing states begin a larger buffer: name -> (buffer, the state as it was last stored).
         self._rooms: dict[str, tuple[Tensor, Tensor]] = {}
+        self._loan: Loan | None = None
+
+    @property
+    def states(self) -> dict[str, Tensor]:
+        """All states by name. A decoder that writes behind some of them loses its loan by this look."""
+        if (loan := self._loan) is not None:
+            self._loan = None
+            for name in loan.names:
+                self.grow(name, loan.written)
+        return self._states
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """States appear when they are first written; there is nothing to do."""
@@ -120,7 +143,7 @@ class StateLayer(CacheLayerMixin):
         Only a state that this layer grew itself is written behind: one that came from elsewhere, as after loading or
         reordering, may share its memory, and is copied first.
         """
-        state = self.states[name]
+        state = self._states[name]
         room, stored = self._rooms.get(name, (state, None))
         length = state.shape[2]
         if stored is not state or room.shape[2] < length + more:
@@ -134,9 +157,23 @@ class StateLayer(CacheLayerMixin):
     def grow(self, name: str, more: int) -> Tensor:
         """The state `name` with `more` slots of its buffer, which somebody has written."""
         room = self._rooms[name][0]
-        state = self.states[name] = room[:, :, : self.states[name].shape[2] + more]
+        state = self._states[name] = room[:, :, : self._states[name].shape[2] + more]
         self._rooms[name] = room, state
         return state
+
+    def lend(self, loan: "Loan") -> list[Tensor]:
+        """The buffers of growing states, with room for `loan.slots`, for a decoder that writes behind them by itself.
+
+        It counts `loan.written` up, and may go on as long as `lent_to(loan)`.
+        """
+        self.states  # noqa: B018  # what an earlier loan has written joins the states
+        rooms = [self.reserve(name, loan.slots) for name in loan.names]
+        self._loan = loan
+        return rooms
+
+    def lent_to(self, loan: "Loan") -> bool:
+        """Whether nobody has looked at the states since."""
+        return self._loan is loan
 
     def reset(self) -> None:
         """Forget all states."""
@@ -146,7 +183,7 @@ class StateLayer(CacheLayerMixin):
 
     def map_(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every state by `change(state)`."""
-        self.states = {name: change(value) for name, value in self.states.items()}
+        self._states = {name: change(value) for name, value in self.states.items()}
         self._rooms.clear()
 
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from spikelm.ffns.gated import GatedFFN
+from spikelm.cache import Loan
 from spikelm.inference.linears import EVENT_ROWS, EventProduct
 from spikelm.kernels.attend import AttendCall
+from spikelm.kernels.chain import Chain, PreparedCall
 from spikelm.kernels.event_call import Code, EventCall, Norm
 from spikelm.mixers.attention import SoftmaxCore
 from spikelm.mixers.heads import HeadMixer
@@ -26,12 +28,14 @@ from spikelm.norms import OnePlusNorm, RMSNorm
 from spikelm.spiking.site import NoSite, SpikeSite
 
 if TYPE_CHECKING:
-    from spikelm.cache import StateLayer
+    from spikelm.cache import SpikeCache
     from spikelm.context import ForwardContext
     from spikelm.modeling import SpikeLMDecoderLayer
 
 # With events="auto" a run looks at its counts once in so many tokens.
 LOOK = 32
+# Tokens that a run writes to a cache before it asks for room again.
+ROOM = 64
 
 
 def plain_runs(layers: list[Any]) -> list[Any]:
@@ -99,41 +103,91 @@ class Switch:
         self.call = next(iter(self.calls.values()))
         self.most_active = product.most_active.get(x.shape[0], 0.0) * product.inputs
 
-    def look(self) -> None:
-        """Choose by the inputs that were active in the latest call."""
-        if len(self.calls) > 1 and self.call.counts is not None:
-            active = int(self.call.counts.abs().amax(0).count_nonzero())
-            self.call = self.calls[active > self.most_active]
+    def look(self) -> bool:
+        """Choose by the inputs that were active in the latest call; whether the choice is a new one."""
+        if len(self.calls) == 1 or self.call.counts is None:
+            return False
+        before, active = self.call, int(self.call.counts.abs().amax(0).count_nonzero())
+        self.call = self.calls[active > self.most_active]
+        return self.call is not before
 
 
 class _Step:
     """The calls of one layer for a batch of one size, between buffers that all layers share."""
 
     def __init__(self, layer: Any, buffers: dict[str, Tensor]):
-        mixer, ffn, core = layer.mixer, layer.ffn, _core(layer)
+        mixer, core = layer.mixer, _core(layer)
         qkv, o, gate_up, down = _products(layer)
         self.layer_idx = core.layer_idx
-        self.keys, self.values = f"{core.state_path}.keys", f"{core.state_path}.values"
-        stream, cos, sin = buffers["stream"], buffers[f"cos.{core.rope}"], buffers[f"sin.{core.rope}"]
-        queries, shared = core.shared_heads * core.num_key_value_groups, core.shared_heads
+        self.growing = (f"{core.state_path}.keys", f"{core.state_path}.values")
+        stream, inner = buffers["stream"], buffers[f"inner.{gate_up.outputs}"]
+        tables = buffers[f"cos.{core.rope}"], buffers[f"sin.{core.rope}"], buffers["length"]
+        heads, shared, _ = core.config.head_shape
         self.qkv = Switch(qkv, stream, buffers["qkv"], norm=_norm(layer.mixer_norm))
-        self.attend = AttendCall(buffers["qkv"], buffers["heads"], queries, shared, cos, sin, core.scaling)
+        self.attend = AttendCall(
+            buffers["qkv"], buffers["heads"], *tables, queries=heads, shared=shared, scale=core.scaling
+        )
         self.o = Switch(o, buffers["heads"], stream, add=True)
-        inner = buffers[f"inner.{gate_up.outputs}"]
         self.gate_up = Switch(gate_up, stream, inner, norm=_norm(layer.ffn_norm))
         self.down = Switch(down, inner, stream, gated=True, add=True)
         self.switches = (self.qkv, self.o, self.gate_up, self.down)
+        self.loan = Loan(self.growing, 0)
 
-    def run(self, states: "StateLayer") -> None:
-        """Add the layer's mixer and ffn to the stream; the token's key and value join the cache."""
-        keys, values = states.reserve(self.keys, 1), states.reserve(self.values, 1)
-        self.qkv.call()
-        self.attend(keys, values, states.states[self.keys].shape[2])
-        self.o.call()
-        self.gate_up.call()
-        self.down.call()
-        states.grow(self.keys, 1)
-        states.grow(self.values, 1)
+    @property
+    def calls(self) -> list[PreparedCall]:
+        """In order."""
+        return [self.qkv.call, self.attend, self.o.call, self.gate_up.call, self.down.call]
+
+
+class _Prepared:
+    """A run's calls for a batch of one size.
+
+    Attributes:
+        buffers: what calls read and write, by name. steps: one for each layer. chain: all their calls.
+        left: tokens that fit in the buffers of the cache that it writes to.
+    """
+
+    def __init__(self, layers: list[Any], batch: int, rope: dict[str, tuple[Tensor, Tensor]]):
+        widths = {"stream": layers[0].mixer.q_proj.in_features}
+        for layer in layers:
+            qkv, o, gate_up, _ = _products(layer)
+            widths |= {"qkv": qkv.outputs, "heads": o.inputs, f"inner.{gate_up.outputs}": gate_up.outputs}
+        for name, (cos, _) in rope.items():
+            widths |= {f"cos.{name}": cos.shape[2], f"sin.{name}": cos.shape[2]}
+        self.buffers = {name: torch.zeros(batch, width) for name, width in widths.items()}
+        self.buffers["length"] = torch.zeros(1, dtype=torch.int64)
+        self.steps = [_Step(layer, self.buffers) for layer in layers]
+        self.chain = self._chain()
+        self.left = 0
+        self._tokens = 0
+
+    def _chain(self) -> Chain:
+        return Chain([call for step in self.steps for call in step.calls])
+
+    def goes_on(self, cache: "SpikeCache") -> bool:
+        """Whether the buffers are still those of this cache, untouched by others, with room."""
+        return self.left > 0 and all(cache.layers[s.layer_idx].lent_to(s.loan) for s in self.steps)
+
+    def borrow(self, cache: "SpikeCache") -> None:
+        """Write behind the keys and values of this cache from now on."""
+        for step in self.steps:
+            states = cache.layers[step.layer_idx]
+            length = states.states[step.growing[0]].shape[2]
+            step.loan = Loan(step.growing, ROOM)
+            step.attend.place(*states.lend(step.loan))
+        self.buffers["length"].fill_(length)
+        self.left = ROOM
+
+    def token(self) -> None:
+        """Run the chain on what lies in the buffers."""
+        self.chain()
+        self.buffers["length"] += 1
+        self.left -= 1
+        for step in self.steps:
+            step.loan.written += 1
+        self._tokens += 1
+        if self._tokens % LOOK == 1 and [s for step in self.steps for s in step.switches if s.look()]:
+            self.chain = self._chain()
 
 
 class LayerRun:
@@ -148,8 +202,7 @@ class LayerRun:
 
     def forget(self) -> None:
         """Drop the prepared calls, as when tensors have moved."""
-        self._prepared: dict[int, tuple[dict[str, Tensor], list[_Step]]] = {}
-        self._tokens = 0
+        self.prepared: dict[int, _Prepared] = {}
         modules = [module for layer in self.layers for module in layer.modules()]
         self._sites = [module for module in modules if isinstance(module, SpikeSite)]
         hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
@@ -157,46 +210,37 @@ class LayerRun:
 
     def __call__(self, x: Tensor, context: "ForwardContext") -> Tensor:
         """`[B, T, hidden]` -> the same shape."""
-        if not self._takes(x, context):
-            for layer in self.layers:
-                x = layer(x, context=context)
-            return x
-        if x.shape[0] not in self._prepared:
-            self._prepared[x.shape[0]] = self._prepare(x.shape[0], context)
-        buffers, steps = self._prepared[x.shape[0]]
+        cache = context.cache
+        if cache is None or not self._takes(x, context):
+            return self._through(x, context)
+        if x.shape[0] not in self.prepared:
+            self.prepared[x.shape[0]] = _Prepared(self.layers, x.shape[0], context.rope)
+        prepared = self.prepared[x.shape[0]]
+        if not prepared.goes_on(cache):
+            if prepared.steps[0].growing[0] not in cache.layers[prepared.steps[0].layer_idx].states:
+                return self._through(x, context)
+            prepared.borrow(cache)
+        buffers = prepared.buffers
         buffers["stream"].copy_(x[:, 0])
         for name, (cos, sin) in context.rope.items():
             buffers[f"cos.{name}"].copy_(cos[:, 0])
             buffers[f"sin.{name}"].copy_(sin[:, 0])
-        for step in steps:
-            step.run(context.cache.layers[step.layer_idx])  # type: ignore[union-attr]
+        prepared.token()
         context.keys()  # the times of the keys grow with the keys
-        self._tokens += 1
-        if self._tokens % LOOK == 1:
-            for step in steps:
-                for switch in step.switches:
-                    switch.look()
         return buffers["stream"][:, None].clone()
+
+    def _through(self, x: Tensor, context: "ForwardContext") -> Tensor:
+        for layer in self.layers:
+            x = layer(x, context=context)
+        return x
 
     def _takes(self, x: Tensor, context: "ForwardContext") -> bool:
         """Whether this is one token of a few texts, and nobody watches or changes what happens inside."""
         if x.shape[1] != 1 or x.shape[0] > EVENT_ROWS or x.dtype != torch.float32 or x.device.type != "cpu":
             return False
-        if not context.plain or context.cache is None or x.requires_grad or torch.is_autocast_enabled("cpu"):
+        if not context.plain or x.requires_grad or torch.is_autocast_enabled("cpu"):
             return False
-        core = _core(self.layers[0])
-        started = f"{core.state_path}.keys" in context.cache.layers[core.layer_idx].states
-        return started and not any(self._watchers) and all(site.substitute is None for site in self._sites)
-
-    def _prepare(self, batch: int, context: "ForwardContext") -> tuple[dict[str, Tensor], list[_Step]]:
-        widths = {"stream": self.layers[0].mixer.q_proj.in_features}
-        for layer in self.layers:
-            qkv, o, gate_up, _ = _products(layer)
-            widths |= {"qkv": qkv.outputs, "heads": o.inputs, f"inner.{gate_up.outputs}": gate_up.outputs}
-        for name, (cos, _) in context.rope.items():
-            widths |= {f"cos.{name}": cos.shape[2], f"sin.{name}": cos.shape[2]}
-        buffers = {name: torch.empty(batch, width) for name, width in widths.items()}
-        return buffers, [_Step(layer, buffers) for layer in self.layers]
+        return not any(self._watchers) and all(site.substitute is None for site in self._sites)
 
 
 def _core(layer: Any) -> SoftmaxCore:
