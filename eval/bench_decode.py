@@ -138,16 +138,16 @@ def _measure(
         some = {name: c for name, c in contenders.items() if c.batches is None or batch in c.batches}
         text = texts.of(batch, context + steps + WARM_UP)
         spent = race(some, text, context)
-        speed.append({"batch": batch, "context": context, "contenders": {n: _summary(t, batch) for n, t in spent.items()}})
-    read = WeightBytes(engine)
-    always.start(texts.of(1, points[0][1]))
-    result: dict[str, Any] = {"speed": speed, "weight_bytes": read.of_text(texts.of(1, 64))}
+        summaries = {name: _summary(times, batch) for name, times in spent.items()}
+        speed.append({"batch": batch, "context": context, "contenders": summaries})
+    context = points[0][1]
+    result: dict[str, Any] = {"speed": speed, "weight_bytes": WeightBytes(engine).of_text(texts.of(1, 64))}
     result["profile"] = {
-        name: where_time_goes(c.model, texts.of(1, points[0][1] + steps), points[0][1])
-        for name, c in (("never", never), ("always", always))
+        name: where_time_goes(decoder.model, texts.of(1, context + steps), context)
+        for name, decoder in (("never", never), ("always", always))
     }
     if shares:
-        result["curve"] = silence_curve(never, always, shares, texts, points[0][1], steps)
+        result["curve"] = silence_curve(never, always, shares, texts, context, steps)
     return result
 
 
@@ -172,18 +172,18 @@ def silence_curve(
 
     The models' sites are changed for it, and changed back.
     """
-    models = (never.model, always.model)
+    pair, models = (("never", never), ("always", always)), (never.model, always.model)
     saved = [_make_silenceable(model) for model in models]
     rows = []
     try:
         for share in tqdm(shares, desc=f"{always.model.prepared.weights}: silent shares"):
             text = texts.of(1, context + steps + WARM_UP)
-            for decoder in (never, always):
+            for _, decoder in pair:
                 decoder.start(text[:, :context])
             spent: dict[str, list[float]] = {"never": [], "always": []}
             for i, tokens in enumerate(text[:, context:].unbind(1)):
                 _silence(models, share)
-                for name, decoder in (("never", never), ("always", always)) if i % 2 else (("always", always), ("never", never)):
+                for name, decoder in pair[:: 1 if i % 2 else -1]:
                     took = seconds(decoder, tokens)
                     if i >= WARM_UP:
                         spent[name].append(took)

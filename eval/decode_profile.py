@@ -90,3 +90,56 @@ def _decode(model: Any, text: Tensor, context: int) -> dict[str, float]:
     del meter["layers"]
     scale = 1e3 / len(tokens[_WARM_UP:])
     return {name: scale * value for name, value in (meter | {"total": total}).items()}
+
+
+@contextmanager
+def _metered(model: Any, meter: dict[str, float]) -> Iterator[None]:
+    """Add the seconds of every part to `meter` while the model runs."""
+    timed: list[tuple[Any, str, Any]] = []
+
+    def time_it(owner: Any, name: str, part: str) -> None:
+        timed.append((owner, name, owner.__dict__.get(name)))
+        setattr(owner, name, _timer(getattr(owner, name), part, meter))
+
+    for module in model.modules():
+        if isinstance(module, (EventProduct, SpikeSite, StoredHead)):
+            part = {EventProduct: "products", StoredHead: "head"}.get(type(module), "coding")
+            time_it(module, "forward", part)
+    for run in model.base_model.runs:
+        if isinstance(run, LayerRun):
+            for prepared in run.prepared.values():
+                timed.append((prepared, "chain", prepared.chain))
+                prepared.chain = _MeteredChain(prepared.steps, meter)
+        else:
+            time_it(run, "forward", "layers")
+    try:
+        yield
+    finally:
+        for owner, name, before in timed:
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+
+class _MeteredChain:
+    """The calls of a run one by one, each with its time."""
+
+    def __init__(self, steps: list[Any], meter: dict[str, float]):
+        self.calls = [
+            _timer(call, "state" if call is step.attend else "products", meter) for step in steps for call in step.calls
+        ]
+
+    def __call__(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def _timer(function: Callable, part: str, meter: dict[str, float]) -> Callable:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = function(*args, **kwargs)
+        meter[part] += time.perf_counter() - started
+        return result
+
+    return timed

@@ -22,7 +22,9 @@ from spikelm.conversion.texts import evaluation_sample
 from spikelm.eval.data import Text, read_texts
 from spikelm.eval.evaluate import evaluate
 from spikelm.loading import load_model
+from spikelm.inference import prepare_for_inference
 from spikelm.spiking import SpikeStatistics, execute_trains, spike_groups
+from spikelm.validation import PACKED_WEIGHTS
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 QUICKSTART_PROMPT = "What is a spiking neural network? Answer in two sentences."
@@ -238,6 +240,47 @@ def bench_kernels(ops: tuple[str, ...], **choices: Any) -> None:
     from spikelm.eval.bench_kernels import run  # draws in every kernel: not for the other commands
 
     run(ops=list(ops) or None, **choices)
+
+
+@bench.command("decode")
+@click.argument("model", required=False)
+@click.option("--baseline", help="The dense model it came from: a folder, hub id or .gguf file.")
+@click.option("--shape", type=click.Choice(["1b"]), help="Instead of MODEL: random weights, four layers of this size.")
+@click.option(
+    "--weights",
+    type=click.Choice(PACKED_WEIGHTS),
+    multiple=True,
+    default=("fp32", "int8", "int4"),
+    show_default=True,
+    help="Formats, one after the other.",
+)
+@click.option("--batch", "batches", type=click.IntRange(1, 8), multiple=True, default=(1, 2, 4, 8), show_default=True)
+@click.option(
+    "--context",
+    "contexts",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(128, 512, 2048, 8000),
+    show_default=True,
+    help="Tokens in front of those that are timed.",
+)
+@click.option("--steps", type=click.IntRange(min=4), default=48, show_default=True, help="Tokens timed at every point.")
+@click.option("--curve/--no-curve", default=True, show_default=True, help="Speed against the share of silent inputs.")
+@click.option("--quick", is_flag=True, help="Few points: batches 1 and 4, contexts 128 and 512, 16 tokens of each.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench_decode"), show_default=True)
+def bench_decode(model: str | None, quick: bool, out: Path, **choices: Any) -> None:
+    """Tokens per second of MODEL with and without events, beside its dense source; where the time goes.
+
+    The source also runs in llama.cpp if it is a .gguf file and the package llama-cpp-python is installed.
+    """
+    from spikelm.eval.bench_decode import run
+
+    if quick:
+        choices |= {"batches": (1, 4), "contexts": (128, 512), "steps": 16}
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in choices.items()}
+    run(model, quick=quick, out=out, **listed)
+    print((out / "decode.md").read_text(encoding="utf-8"))
+    _say(f"Wrote {out / 'decode.json'}, {out / 'decode.md'}, {out / 'decode.png'}.")
 
 
 def _generate(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from spikelm.kernels.event_call import EventCall
 from spikelm.kernels.event_linear import event_linear, table_linear
 from spikelm.kernels.rows import Rows, Table, lookup, unpack
 from spikelm.precision import KeepsDtype
@@ -182,12 +183,38 @@ class StoredHead(nn.Linear):
         self.tied, self._shared = tied, (table,)
         if not tied:
             self.table = table
+        self._calls = _Calls()
+
+    @property
+    def packed(self) -> Table:
+        """The table as the kernels take it."""
+        return self._shared[0].packed
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """A copy `[words, hidden]` in float32 or better."""
-        return unpack(self._shared[0].packed)
+        return unpack(self.packed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StoredHead":
+        self._calls.clear()
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., hidden]` -> logits `[..., words]`."""
-        return table_linear(x, self._shared[0].packed, self.bias)
+        rows = x.numel() // self.in_features
+        if rows > EVENT_ROWS or x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return table_linear(x, self.packed, self.bias)
+        if rows not in self._calls:
+            buffers = torch.empty(rows, self.in_features), torch.empty(rows, self.out_features)
+            self._calls[rows] = EventCall(self.packed, *buffers, bias=self.bias)
+        call = self._calls[rows]
+        call.x.copy_(x.view(rows, -1))
+        call()
+        return call.y.view(*x.shape[:-1], -1).clone()
+
+
+class _Calls(dict):
+    """Prepared calls by rows of a batch. They hold addresses: a copy of a module starts without."""
+
+    def __reduce__(self) -> tuple:
+        return _Calls, ()
