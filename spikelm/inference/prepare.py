@@ -126,11 +126,13 @@ def restore_dense(model: Any) -> Any:
 def set_events(model: Any, events: str) -> Any:
     """Change `events` of a prepared model; returns it. Raises ValueError for an unknown name or a dense model."""
     expect(events in EVENTS, "set_events", "events", f"one of {EVENTS}", repr(events), "Choose one of them.")
-    expect(model.prepared is not None, "set_events", "the model", "prepared", "a dense one", "Prepare it first.")
+    known = getattr(model, "prepared", None)
+    remedy = "Choose a format of its weights first."
+    expect(known is not None, "set_events", "the model", "prepared", "a dense one", remedy)
     for module in model.modules():
         if isinstance(module, EventProduct):
             module.events = events
-    return finish(model, Prepared(model.prepared.weights, events))
+    return finish(model, Prepared(known.weights, events))
 
 
 def linear_groups(model: nn.Module) -> Iterator[LinearGroup]:
