@@ -3,7 +3,8 @@
 A spiking row alone proves little: fine counts are a quantiser by another name, and any threshold makes zeros. Beside
 it stand, at the same silent share (reads) where they have one:
 
-    uniform dead zone   the same code, one dead zone for all sites: what the allocation over sites is worth
+    uniform dead zone   the code that the configuration states: one k and one dead zone for all sites: what a
+                        calibration is worth
     TEAL                x where |x| >= t, else 0; t per site, a quantile of |x|; kept values exact (arXiv 2408.14690)
     int-k ANN           round(x / a) a with a = max|x| of the token / n: 2n + 1 levels, n the site's largest count
     plain k             the code without a dead zone
@@ -46,20 +47,18 @@ def restored_sites(model: nn.Module) -> Iterator[list[SpikeSite]]:
 
 
 @contextmanager
-def same_code(model: nn.Module, *, k: float | None = None, dead_zone: float | None = None) -> Iterator[None]:
-    """Give all sites one `k` (counts per mean magnitude) or one `dead_zone` (in mean magnitudes), or both."""
+def same_code(model: nn.Module, dead_zone: float, k: float | None = None) -> Iterator[None]:
+    """Give all sites one `dead_zone` (in mean magnitudes) and `k` (None: the configuration's)."""
     with restored_sites(model) as sites:
         for site in sites:
-            if k is not None:
-                site.k.data.fill_(k)
-            if dead_zone is not None:
-                site.dead_zone.data.fill_(dead_zone)
+            site.k.data.fill_(site.initial["k"] if k is None else k)
+            site.dead_zone.data.fill_(dead_zone)
         yield
 
 
 def uniform_dead_zone(model: nn.Module, dead_zone: float) -> Any:
-    """Context: one dead zone for all sites, in mean magnitudes; every site keeps its k."""
-    return same_code(model, dead_zone=dead_zone)
+    """Context: one dead zone for all sites, in mean magnitudes; k as the configuration says."""
+    return same_code(model, dead_zone)
 
 
 @contextmanager
@@ -74,7 +73,7 @@ def allocated(model: nn.Module, dead_zones: dict[str, Tensor]) -> Iterator[None]
 
 def plain_code(model: nn.Module, k: float = 3.0) -> Any:
     """Context: k counts per mean magnitude, no dead zone."""
-    return same_code(model, k=k, dead_zone=0.0)
+    return same_code(model, 0.0, k)
 
 
 def teal(model: nn.Module, thresholds: dict[str, float]) -> Any:
@@ -166,11 +165,11 @@ class MagnitudeProfile:
         return (low + high) / 2
 
     def silent_share(self, dead_zone: float) -> float:
-        """Silent share (reads) at one dead zone; what rounds to zero is silent, too."""
+        """Silent share (reads) at one dead zone and the configuration's k; what rounds to zero is silent, too."""
         silent = reads = 0.0
         for group in self.groups:
             weight = group.site.width * group.fan_out
-            rounded = 0.5 / float(group.site.k)
+            rounded = 0.5 / group.site.initial["k"]
             silent += weight * self.relative[group.path].below(max(dead_zone, rounded))
             reads += weight
         return silent / reads

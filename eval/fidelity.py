@@ -92,7 +92,7 @@ def check_pair(model: nn.Module, baseline: nn.Module, texts: list[TokenizedText]
                 "that belongs to the models."
             )
     window = texts[0].windows[0][:2]
-    score(window, run(model, window), _log_probs(run(baseline, window)), 1)
+    score(window, run(model, window), log_probs(run(baseline, window)), 1)
 
 
 def compare(model: nn.Module, baseline: nn.Module, texts: list[TokenizedText], rows: list[Row], bar: tqdm) -> None:
@@ -113,7 +113,7 @@ def compare(model: nn.Module, baseline: nn.Module, texts: list[TokenizedText], r
             active = [row for row in rows if row.covers(t, w)]
             if not active:
                 continue
-            reference = _log_probs(run(baseline, window))
+            reference = log_probs(run(baseline, window))
             bar.update(len(window))
             for row in active:
                 with row.apply():
@@ -226,7 +226,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
-def _log_probs(logits: Tensor) -> Tensor:
+def log_probs(logits: Tensor) -> Tensor:
     """Log-probabilities in float32 or better, in the place of the logits where the dtype allows."""
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()

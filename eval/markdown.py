@@ -41,6 +41,8 @@ def markdown(report: dict[str, Any]) -> str:
         parts += ["## Layer by layer", _sites(report["sites"])]
     else:
         parts += ["## Spikes", "The model has no spike sites: nothing of it is silent, and nothing was counted."]
+    if report["transfer"] is not None:
+        parts += ["## Attention transfer", _transfer(report["transfer"])]
     parts += ["## Measured on", _measured_on(on)]
     parts.append(
         f"Keys and units of `report.json` (schema {report['schema_version']}): `docs/report.md` of spikelm; what the "
@@ -205,6 +207,16 @@ def _sites(sites: list[dict[str, Any]]) -> str:
         "largest count", "k", "dead zone (mean magnitudes)", "inputs x weights of each",
     ]  # fmt: skip
     return _table(head, table)
+
+
+def _transfer(transfer: dict[str, Any]) -> str:
+    rows = [[str(at["layer"]), f"{at['before']:.4f}", f"{at['after']:.4f}"] for at in transfer["layers"]]
+    data = (
+        f"When the model was converted, the mixers of {len(rows)} layers learned the outputs of the attention that "
+        f"they replace, on {transfer['tokens']:,} tokens of {transfer['text']}. Losses are squared errors relative to "
+        f"the variance of those outputs, on {transfer['held_out_tokens']:,} other tokens of that text."
+    )
+    return data + "\n\n" + _table(["layer", "loss before", "loss after"], rows)
 
 
 def _measured_on(on: dict[str, Any]) -> str:

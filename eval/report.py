@@ -73,6 +73,7 @@ def build(
             for t, text in enumerate(texts)
         ],
         "sites": _sites(model, rows[0].select()),
+        "transfer": _transfer(model),
         "measured_on": {"texts": described, **measured_on},
     }
     return _finite(report)
@@ -89,7 +90,7 @@ def environment(model: nn.Module, baseline: nn.Module, names: tuple[str, str] | 
         "dtype": {name: _dtype(network) for name, network in (("model", model), ("baseline", baseline))},
         "code": getattr(config, "spike_code", None) if sites else None,
         "threshold": getattr(config, "spike_threshold", None) if sites else None,
-        "k": sorted({float(site.k) for site in sites}),
+        "k": sorted({site.initial["k"] for site in sites}),
         "device": str(next(model.parameters()).device),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
@@ -182,6 +183,15 @@ def _sites(model: nn.Module, measured: list[Measured]) -> list[dict[str, Any]]:
     }
     merged = [merge(list(passes)) for passes in zip(*(one.sites for one in measured))]
     return [{key: row[key] for key in _SITE} | settings[row["path"]] for row in merged]
+
+
+def _transfer(model: nn.Module) -> dict[str, Any] | None:
+    """What the record of the model's conversion says of attention transfer, with a list of layers; None without."""
+    transfer = (getattr(model, "conversion", None) or {}).get("transfer")
+    if transfer is None:
+        return None
+    layers = [{"layer": int(layer)} | losses for layer, losses in transfer["layers"].items()]
+    return transfer | {"layers": layers}
 
 
 def _finite(value: Any) -> Any:

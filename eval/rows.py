@@ -30,17 +30,22 @@ def model_row(model: nn.Module, apply: Callable[[], AbstractContextManager]) -> 
 
 
 def control_rows(
-    model: nn.Module, texts: list[TokenizedText], profile: MagnitudeProfile, progress: bool = False
+    model: nn.Module,
+    texts: list[TokenizedText],
+    profile: MagnitudeProfile,
+    progress: bool = False,
+    target: float | None = None,
 ) -> list[Row]:
     """Uniform dead zone, TEAL, int-k ANN and plain k = 3, each prepared on a few windows of the texts.
 
-    The share that the first two must meet is that of the model on the same windows; what every row reaches on all
-    windows is measured with it. No probability of a token is looked at here.
+    The share that the first two must meet is `target`, by default that of the model on the same windows (`probe`);
+    what every row reaches on all windows is measured with it. No probability of a token is looked at here.
     """
-    probe = _probe(texts)
+    windows = probe(texts)
     bar = tqdm(desc="Matching controls", unit="pass", disable=not progress)
-    measured = [run_counted(model, window)[1:] for window in probe]
-    target = _mean_share([spikes for spikes, _ in measured])
+    measured = [run_counted(model, window)[1:] for window in windows]
+    if target is None:
+        target = mean_share([spikes for spikes, _ in measured])
     largest = {
         sites[0]["path"]: max(site["max_count"] for site in sites) for sites in zip(*(rows for _, rows in measured))
     }
@@ -48,7 +53,7 @@ def control_rows(
     def reached(apply: Callable[[Any], AbstractContextManager], setting: Any) -> float:
         bar.update()
         with apply(setting):
-            return _mean_share([run_counted(model, window)[1] for window in probe])
+            return mean_share([run_counted(model, window)[1] for window in windows])
 
     uniform = partial(controls.uniform_dead_zone, model)
     teal = partial(controls.teal, model)
@@ -114,12 +119,14 @@ def curve_windows(texts: list[TokenizedText], tokens: int) -> list[int]:
     return taken
 
 
-def _probe(texts: list[TokenizedText]) -> list[Tensor]:
+def probe(texts: list[TokenizedText]) -> list[Tensor]:
+    """The windows that shares are matched on."""
     turns = [text.windows[w] for w in range(_PROBE_WINDOWS) for text in texts if w < len(text.windows)]
     return turns[:_PROBE_WINDOWS]
 
 
-def _mean_share(summaries: list[dict[str, Any] | None]) -> float:
+def mean_share(summaries: list[dict[str, Any] | None]) -> float:
+    """Silent share (reads) over passes, weighted by their tokens; `SpikeStatistics.summary` of each."""
     seen = [summary for summary in summaries if summary is not None]
     return sum(s["silent_share_reads"] * s["tokens"] for s in seen) / sum(s["tokens"] for s in seen)
 

@@ -154,7 +154,7 @@ def spike_encode_reference(
     threshold = (m / k.to(dtype)).clamp(limits.tiny, limits.max)
     counts = (v / threshold).round_()
     if dead_zone is not None:
-        counts.masked_fill_(size < dead_zone.to(dtype) * m, 0.0)
+        counts.mul_(size >= dead_zone.to(dtype) * m)  # several times faster on a CPU than filling through a mask
     if max_count is not None:
         counts.clamp_(-max_count, max_count)
     return counts, threshold

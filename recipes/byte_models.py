@@ -31,10 +31,11 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import ByT5Tokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import ByT5Tokenizer, TrainerCallback, TrainingArguments
 
 from spikelm import SpikeLMConfig, SpikeLMForCausalLM, SpikeStatistics, spike_groups
 from spikelm.recipes.ngram import bits_per_byte as count_bits
+from spikelm.recipes.trainer import MatrixDecayTrainer
 
 NGRAMS = (3, 4, 5)
 CURVE_POINTS, CURVE_WINDOWS = 12, 32
@@ -112,14 +113,6 @@ class Windows(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         ids = self.ids[self.starts[i] : self.starts[i] + self.window]
         return {"input_ids": ids, "labels": ids}
-
-
-class MatrixDecayTrainer(Trainer):
-    """Decays matrices only: not thresholds, decays, mixing coefficients, norms."""
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Parameters with more than one dimension."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
 
 class Curve(TrainerCallback):

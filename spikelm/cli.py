@@ -1,8 +1,9 @@
-"""The `spikelm` command: quickstart, convert, import, export, generate, eval, bench."""
+"""The `spikelm` command: quickstart, convert, import, export, train, generate, eval, bench."""
 
 import sys
 import time
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from spikelm.spiking import SpikeStatistics, execute_trains, spike_groups
 from spikelm.validation import PACKED_WEIGHTS
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+RECIPES = ("pretrain", "extend_context", "sft")
 QUICKSTART_PROMPT = "What is a spiking neural network? Answer in two sentences."
 
 _execute = click.option(
@@ -117,11 +119,14 @@ def quickstart(model: str | None, out: Path, silent_share: float, k: float, toke
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--mixers",
+    "--plan",
+    "mixers",
     default="keep",
     show_default=True,
-    help="`keep`, a mixer for all layers, `uniform:N`, or a comma-separated list with one per layer.",
+    help="`keep`, a mixer for all layers, `uniform:N`, `auto`, or a comma-separated list with one per layer.",
 )
-@click.option("--target", default="gla", show_default=True, help="Mixer of the layers that `uniform:N` changes.")
+@click.option("--target", default="gla", show_default=True, help="Mixer of layers that `uniform:N` and `auto` change.")
+@click.option("--keep", default=0.25, show_default=True, help="Layers that `auto` leaves; below 1: their share.")
 @click.option("--window", type=int, help="Width of new windows, in tokens.")
 @click.option("--spikes", default="all", show_default=True, help="`all`, `none`, or some of qkv,o,gate_up,down.")
 @click.option("--code", default="bitwise", show_default=True, help="bitwise, ternary or twos_complement.")
@@ -130,11 +135,32 @@ def quickstart(model: str | None, out: Path, silent_share: float, k: float, toke
 @click.option("--threshold", default="token", show_default=True, help="token, calibrated or learned.")
 @click.option("--silent-share", type=float, help="Calibrate dead zones: share of weight reads to make unnecessary.")
 @click.option("--allocation", default="gradient", show_default=True, help="Of the silent share: gradient or uniform.")
+@click.option("--max-count", type=int, help="Clip counts to this magnitude; small ones need --rotate.")
+@click.option("--rotate", is_flag=True, help="Spread outliers over all channels; excludes a silent share.")
 @click.option("--calibration-text", type=click.Path(path_type=Path), help="UTF-8 file.  [default: a built-in sample]")
+@click.option(
+    "--transfer-tokens",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Tokens that new mixers learn from, each fitted to the attention that it replaces; 0: they stay untrained.",
+)
+@click.option(
+    "--transfer-text",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="UTF-8 file for that; may be repeated.  [default: the calibration text]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if a conversion wrote it.")
 @_dtype_option("auto")
 def convert_command(
-    source: str, out: Path, mixers: str, spikes: str, calibration_text: Path | None, **choices: Any
+    source: str,
+    out: Path,
+    mixers: str,
+    spikes: str,
+    calibration_text: Path | None,
+    transfer_text: tuple[Path, ...],
+    **choices: Any,
 ) -> None:
     """Convert SOURCE (a model folder, a hub id or a .gguf file) and write a complete model folder to OUT."""
     text = read_texts([calibration_text])[0].content if calibration_text is not None else None
@@ -144,6 +170,7 @@ def convert_command(
         mixers=mixers.split(",") if "," in mixers else mixers,
         sites=spikes if spikes in ("all", "none") else spikes.split(","),
         calibration_text=text,
+        transfer_text=[one.content for one in read_texts(transfer_text)] or None,
         **choices,
     )
     _say(f"Wrote {out}. Next: spikelm generate {out} --prompt ... ; spikelm eval {out} --baseline {source} --out ...")
@@ -186,6 +213,23 @@ def export_command(kind: str, model: str, out: Path) -> None:
     """Write MODEL (a spikelm model folder) to the folder OUT as a published KIND: its keys, its kind of file."""
     export_checkpoint(kind, model, out)
     _say(f"Wrote {out}.")
+
+
+class Recipes(click.Group):
+    """Recipes as commands, each imported when it is asked for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Their names."""
+        return list(RECIPES)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command of a recipe."""
+        return import_module(f"spikelm.recipes.{name}").main if name in RECIPES else None
+
+
+@app.group(cls=Recipes)
+def train() -> None:
+    """Train by a recipe and its YAML file; with `accelerate launch -m spikelm.recipes.NAME` on many devices."""
 
 
 @app.command()
@@ -392,7 +436,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("spikelm: interrupted")
         return 130
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, FloatingPointError, StrictDataclassError) as error:
         return _fail(str(error))
 
 

@@ -66,6 +66,9 @@ class SpikeLMConfig(PreTrainedConfig):
         attention_query_spikes, attention_int8_keys_values: parity with SpikingBrain's W8ASpike: rotated queries are
             spike-coded with `spike_k`, keys and values rounded to int8 steps, all per token and head.
         parallel_shared_projections: whether `a+b` layers share one set of q, k, v, o projections.
+        parallel_norms: which branches of `a+b` layers with shared projections have an output norm: `both`, as
+            published, or `linear`: only the one that forgets. Its weight is then 0 at the start, so that the layer
+            begins as its softmax branch.
         ffn_bias: biases of the gated ffn.
         moe_experts, moe_top_k: routed experts of `moe` beside the shared one, and how many of them a token takes.
         rwkv_decay_rank, rwkv_rate_rank, rwkv_value_rank, rwkv_gate_rank: ranks of RWKV-7's low-rank maps; None: as
@@ -86,6 +89,10 @@ class SpikeLMConfig(PreTrainedConfig):
             the sigmoid map).
         gla_gate_rank, gla_gate_normalizer, gla_gate_bias: rank of the gate, divisor of its log-decay, initial bias
             of its logit (0 as published: a half-life of 16 tokens).
+        gla_longest_memory: if given, the gates of a head begin with half-lives spread evenly in the logarithm, from
+            that of `gla_gate_bias` to this many tokens.
+        delta_longest_memory: if given, the heads of `delta` begin with half-lives spread evenly in the logarithm, from
+            16 to this many tokens; None: as in Mamba-2.
         window_linear_feature_map: `hedgehog` or `relu`, of a learned map of each head of q and k.
         spike_sites: which activations are spike-coded: any of `qkv`, `o`, `gate_up`, `down` (in front of the linears
             that read them), `mixer_out`, `ffn_out` (what a block adds to the stream); one list for all layers or a
@@ -173,6 +180,7 @@ class SpikeLMConfig(PreTrainedConfig):
     attention_query_spikes: bool = False
     attention_int8_keys_values: bool = False
     parallel_shared_projections: bool | list[bool] = True
+    parallel_norms: str | list[str] = "both"
 
     ffn_bias: bool | list[bool] = False
     moe_experts: int = 16
@@ -200,6 +208,8 @@ class SpikeLMConfig(PreTrainedConfig):
     gla_gate_rank: int | list[int] = 16
     gla_gate_normalizer: float | int = 16
     gla_gate_bias: float | int | list[float | int] = 0.0
+    gla_longest_memory: float | int | None = None
+    delta_longest_memory: float | int | None = None
 
     window_linear_feature_map: str | list[str] = "hedgehog"
 

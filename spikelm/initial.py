@@ -7,6 +7,7 @@ values. Functions are called when the tensor is real, so nothing is computed on 
 its own tensors only: transformers skips a module whose own tensors are all loaded, and so every module without any.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,3 +37,8 @@ def declare(module: nn.Module, **initial: Initial) -> nn.Module:
     """A plain module (`nn.Linear`, `nn.Embedding`, a norm) with initial values of its own, by name."""
     module.initial = initial  # type: ignore[assignment]
     return module
+
+
+def half_lives(shortest: float, longest: float, count: int) -> Tensor:
+    """`[count]` half-lives in tokens from shortest to longest, evenly apart in the logarithm, float64."""
+    return torch.logspace(math.log2(shortest), math.log2(longest), count, base=2.0, dtype=torch.float64)

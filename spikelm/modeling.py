@@ -6,6 +6,7 @@ Which mixer, which ffn (or none), which norms, residual or not, spikes at the ou
 for each layer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -265,12 +266,18 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         past_key_values: SpikeCache | None = None,
+        head_loss: Callable[[Tensor, nn.Linear], Any] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `[B, T, vocab]`, and the loss if `labels` `[B, T]` (-100: ignored) are given.
 
-        See `SpikeLMModel.forward` for the other arguments. `logits_to_keep`: only for the last n tokens, or for
-        the given indices.
+        See `SpikeLMModel.forward` for the other arguments.
+
+        Args:
+            logits_to_keep: only for the last n tokens, or for the given indices.
+            head_loss: called with the last hidden states `[B, T, hidden]` and the head, instead of the head; what it
+                returns is the loss, and there are no logits. In here, a model whose parameters are sharded holds the
+                whole weight of the head.
         """
         out = self.model(
             input_ids=input_ids,
@@ -281,6 +288,9 @@ class SpikeLMForCausalLM(SpikeLMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
+        if head_loss is not None:
+            loss = head_loss(out.last_hidden_state, self.lm_head)
+            return CausalLMOutputWithPast(loss=loss, hidden_states=out.hidden_states, attentions=out.attentions)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         if self.config.logit_softcap is not None:

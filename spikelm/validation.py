@@ -18,6 +18,7 @@ THRESHOLDS = ("token", "calibrated", "learned")
 NEURONS = ("none", "lif", "plif", "astrocyte", "dsn")
 FEATURE_MAPS = ("relu", "sigmoid", "softplus")
 LEARNED_MAPS = ("hedgehog", "relu")
+PARALLEL_NORMS = ("both", "linear")
 GATES = ("low_rank", "dense", "tied")
 FFNS = ("gated", "moe", "rwkv", "rwkv7", "none")
 # These mix heads between shared q, k, v, o projections.
@@ -31,9 +32,9 @@ PACKED_WEIGHTS = ("fp32", "bf16", "int8", "int4")
 PER_LAYER = (
     "intermediate_size", "mixers", "ffns", "pre_norm", "post_norm", "residual", "attention_rope", "attention_window",
     "attention_sinks", "attention_bias", "attention_output_bias", "attention_qk_norm", "parallel_shared_projections",
-    "ffn_bias", "gla_feature_map", "gla_gate", "gla_gate_rank", "gla_gate_bias", "spike_k", "spike_dead_zone",
-    "spike_neuron", "event_threshold", "window_linear_feature_map", "egru_form", "egru_heads", "egru_size",
-    "egru_zoneout", "egru_threshold_mean",
+    "parallel_norms", "ffn_bias", "gla_feature_map", "gla_gate", "gla_gate_rank", "gla_gate_bias", "spike_k",
+    "spike_dead_zone", "spike_neuron", "event_threshold", "window_linear_feature_map", "egru_form", "egru_heads",
+    "egru_size", "egru_zoneout", "egru_threshold_mean",
 )  # fmt: skip
 
 
@@ -88,6 +89,7 @@ def _layer(config: "SpikeLMConfig", i: int, where: str) -> None:
         choice("mixers", name, MIXERS, where)
     if len(mixers) > 2 or len(set(mixers)) != len(mixers):
         raise ValueError(f"mixers{where} must name one mixer or two different ones; got {config.mixers[i]!r}.")
+    choice("parallel_norms", config.at("parallel_norms", i), PARALLEL_NORMS, where)
     if set(mixers) == {"attention", "swa"}:
         raise ValueError(f"mixers{where}: {config.mixers[i]!r} cannot stand side by side; use e.g. 'gla+swa'.")
     choice("ffns", config.ffns[i], FFNS, where)
@@ -122,11 +124,18 @@ def _gla(config: "SpikeLMConfig", i: int, where: str) -> None:
     choice("gla_feature_map", config.at("gla_feature_map", i), FEATURE_MAPS, where)
     choice("gla_gate", config.at("gla_gate", i), GATES, where)
     positive("gla_gate_normalizer", config.gla_gate_normalizer)
+    if config.gla_longest_memory is not None:
+        positive("gla_longest_memory", config.gla_longest_memory)
     if config.at("gla_gate", i) == "tied" and config.at("gla_feature_map", i) != "sigmoid":
         raise ValueError(
             f"gla_gate{where} is 'tied' (decay 1 - k), which needs k in (0, 1): set gla_feature_map to "
             f"'sigmoid'; got {config.at('gla_feature_map', i)!r}."
         )
+
+
+def _delta(config: "SpikeLMConfig", i: int, where: str) -> None:
+    if config.delta_longest_memory is not None:
+        positive("delta_longest_memory", config.delta_longest_memory)
 
 
 def _rwkv7(config: "SpikeLMConfig", i: int, where: str) -> None:
@@ -201,6 +210,7 @@ CHECKS: dict[str, Callable[["SpikeLMConfig", int, str], None]] = {
     "swa": _swa,
     "gla": _gla,
     "window_linear": _window_linear,
+    "delta": _delta,
     "rwkv7": _rwkv7,
     "moe": _moe,
     "egru": _egru,

@@ -9,6 +9,9 @@ drawn from the model). With I_c = E[(g_c m)^2] and F the weights that one input 
 silences an input exactly if it saves more than 1 / lambda weight reads per unit of cost: no other choice of dead
 zones that saves as many reads costs less. One lambda serves all channels of all sites; it is found by bisection on
 the distribution of u, for the share of reads that is to be saved.
+
+Rounding to steps m / k costs sum_c I_c / (24 k^2) per token, and makes k spikes for each input, so F k for each channel
+are weights added by spikes. The least cost for as many additions has k^3 proportional to sum_c I_c / (F width).
 """
 
 import math
@@ -74,6 +77,18 @@ class ActivationProfile:
             for group, importance, rows in zip(self.groups, self.importance, self.rows, strict=True)
         ]
         return self._solve(share, lambda root: [(root * scale).clamp_max(LARGEST).float() for scale in scales], LARGEST)
+
+    def counts_by_gradient(self) -> list[float]:
+        """k per site with the least cost of rounding; its mean over the reads stays what it is."""
+        sites = [group.site for group in self.groups]
+        reads = [group.fan_out * group.site.width for group in self.groups]
+        price = [
+            (float(importance.sum()) / rows / read) ** (1 / 3)
+            for importance, rows, read in zip(self.importance, self.rows, reads, strict=True)
+        ]
+        before = sum(float(site.k) * read for site, read in zip(sites, reads, strict=True))
+        scale = before / sum(p * read for p, read in zip(price, reads, strict=True))
+        return [p * scale for p in price]
 
     def share(self, zones: list[Tensor]) -> float:
         """The silent share, weighted by reads, that dead zones (`[1]` or `[width]` per site) would give."""

@@ -29,7 +29,7 @@ def calibrate(
     tokens: int = 4096,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Set `dead_zone`, and `magnitude` where one is stored, of every spike site of a model, in place.
+    """Set what a text decides of every spike site of a model, in place: `dead_zone`, `k`, and stored tensors.
 
     Args:
         model: a spikelm model with spike sites.
@@ -37,14 +37,15 @@ def calibrate(
         text: what to calibrate on, or token ids `[N]`; None: `texts.calibration_sample()`.
         silent_share: the share of site inputs, weighted by the weights that each reads, that are to be zero.
             None: only magnitudes are set.
-        allocation: `gradient`: per channel, where silence costs least (needs `spike_dead_zone_per_channel`);
-            `uniform`: one dead zone for all sites.
+        allocation: `gradient`: dead zones per channel and k per site where they cost least (needs
+            `spike_dead_zone_per_channel`); mean k over the reads stays the configuration's. `uniform`: one dead zone
+            for all sites, which keep their k.
         tokens: how many tokens to look at, in windows of 512 spread over the text.
         progress: whether to show bars.
 
     Returns:
         What was measured, ready for a record: `text`, `text_sha256`, `tokens`; and, with a silent share, the share
-        reached by the spiking model on (at most 2,048 of) those tokens, and mean dead zone and share of every site.
+        reached by the spiking model on (at most 2,048 of) those tokens, and k, mean dead zone and share of every site.
 
     Raises:
         ValueError: a text that is too short, a share that cannot be reached.
@@ -57,7 +58,11 @@ def calibrate(
     if silent_share is None:
         return result
     profile = activation_profile(model, ids, gradients=allocation == "gradient", progress=progress)
-    allocate = profile.by_gradient if allocation == "gradient" else profile.uniform
+    allocate = profile.uniform
+    if allocation == "gradient":
+        allocate = profile.by_gradient
+        for group, k in zip(groups, profile.counts_by_gradient(), strict=True):
+            group.site.k.fill_(k)
     return result | {"allocation": allocation} | _reach(model, groups, ids, silent_share, allocate, progress)
 
 
@@ -188,6 +193,7 @@ def _reach(
     return {
         "silent_share_asked": share,
         "silent_share_reads": reached,
+        "k": {name: round(float(group.site.k), 3) for name, group in zip(names, groups, strict=True)},
         "mean_dead_zone": {name: round(float(zone.mean()), 5) for name, zone in zip(names, zones, strict=True)},
         "silent_share": {name: round(site, 5) for name, site in zip(names, sites, strict=True)},
     }

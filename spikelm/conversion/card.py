@@ -29,7 +29,7 @@ def model_card(record: dict[str, Any]) -> str:
         parts.append(f"## Measured\n\nNothing yet{how}.")
     limits = [*record["notes"]]
     named = {name for mixer in record["result"]["layers"] for name in mixer.split("+")}
-    if record["plan"] is not None and (untrained := named - set(ATTENDING)):
+    if record["plan"] is not None and not record.get("transfer") and (untrained := named - set(ATTENDING)):
         limits.append(
             f"Layers with {', '.join(sorted(untrained))} have new, untrained parameters: train them before use."
         )
@@ -51,7 +51,8 @@ def _introduction(record: dict[str, Any]) -> list[str]:
         ]
     return [
         f"# {name} in spiking form",
-        f"Converted from `{name}` ({source['family']}) with spikelm {version}, without training. "
+        f"Converted from `{name}` ({source['family']}) with spikelm {version}, without training"
+        f"{' beyond attention transfer' if record.get('transfer') else ''}. "
         "`conversion.json` holds every choice and result.",
     ]
 
@@ -60,6 +61,22 @@ def _steps(record: dict[str, Any]) -> list[str]:
     plan, result, calibration = record["plan"], record["result"], record["calibration"]
     layers = ", ".join(f"{count} x `{name}`" for name, count in Counter(result["layers"]).items())
     steps = [f"Layers: {layers}; weights in {result['dtype']}."]
+    if transfer := record.get("transfer"):
+        losses = transfer["layers"].values()
+        before, after = (sum(layer[when] for layer in losses) / len(losses) for when in ("before", "after"))
+        steps.append(
+            f"The mixers of {len(losses)} layers learned the attention that they replace on {transfer['tokens']} "
+            f"tokens of {transfer['text']}: relative squared error {before:.3f} before, {after:.3f} after (mean of "
+            "layers)."
+        )
+    if search := record.get("search"):
+        steps.append(
+            f"Layers that keep their attention, by measurement: {', '.join(map(str, search['auto']['kept']))}; after a "
+            f"first transfer KL {search['auto']['kl']:.3f} nats per token, with {len(search['random']['kept'])} random "
+            f"layers {search['random']['kl']:.3f}."
+        )
+    if record.get("rotated"):
+        steps.append("The residual stream is rotated, and with it the weights: outliers are spread over all channels.")
     if not result["spike_sites"]:
         return [*steps, "No activation is spike-coded."]
     sites = ", ".join(f"`{site}`" for site in result["spike_sites"])
@@ -67,6 +84,8 @@ def _steps(record: dict[str, Any]) -> list[str]:
         return [*steps, f"Spike sites {sites} in every layer, as published."]
     steps.append(f"Spike sites {sites} in every layer; {plan['code']} code, k = {plan['k']:g}.")
     steps.append(f"Threshold: {plan['threshold']}.")
+    if plan["max_count"] is not None:
+        steps.append(f"Counts are clipped to {plan['max_count']}.")
     if calibration is None:
         steps.append(f"Dead zone: {plan['dead_zone']:g} of the mean magnitude at every site.")
     else:

@@ -18,7 +18,11 @@ from spikelm.conversion.families import HEAD, Family, family_of
 from spikelm.conversion.folder import check_out, write_folder
 from spikelm.conversion.keys import map_tensors, new_parameters, normalised
 from spikelm.conversion.plan import ConversionPlan
+from spikelm.conversion.rotation import check_rotatable, rotate
+from spikelm.conversion.search import search
 from spikelm.conversion.sources import Source, open_source, quiet
+from spikelm.conversion.texts import Texts
+from spikelm.conversion.transfer import replaced_layers, teacher_of, transfer
 from spikelm.modeling import SpikeLMForCausalLM
 
 SCHEMA_VERSION = 1
@@ -32,6 +36,8 @@ def convert(
     plan: ConversionPlan | None = None,
     tokenizer: Any = None,
     calibration_text: str | Tensor | None = None,
+    transfer_tokens: int = 0,
+    transfer_text: Texts = None,
     dtype: str | torch.dtype = "auto",
     overwrite: bool = False,
     progress: bool = True,
@@ -42,12 +48,15 @@ def convert(
     Args:
         source: a model folder, a hub id, a `.gguf` file, or a loaded transformers model, whose weights are copied.
         out: where to write the complete model folder. It appears when everything is written, or not at all.
-        plan: what to change; or its choices as keywords: `mixers`, `target`, `window`, `sinks`, `sites`, `code`, `k`,
-            `dead_zone`, `threshold`, `silent_share`, `allocation` (see `ConversionPlan`). `mixers="keep",
-            sites="none"` changes nothing: the logits stay those of the source.
+        plan: what to change; or its choices as keywords: `mixers`, `target`, `keep`, `window`, `sinks`, `sites`,
+            `code`, `k`, `dead_zone`, `threshold`, `silent_share`, `allocation`, `max_count`, `rotate` (see
+            `ConversionPlan`). `mixers="keep", sites="none"` changes nothing: the logits stay those of the source.
         tokenizer: used, and written, in place of the source's own.
         calibration_text: text, or token ids `[N]`, that thresholds and dead zones are calibrated on; default: a
             sample that every Python carries.
+        transfer_tokens: how many tokens of text the mixers of replaced layers learn from, each fitted to the attention
+            that it replaces (see `spikelm.conversion.transfer`); 0: they stay untrained.
+        transfer_text: a text, token ids `[N]`, or a list of either, for that; default: `calibration_text`.
         dtype: of the weights; "auto": that of the source.
         overwrite: replace `out` if it is a folder that a conversion wrote.
         progress: whether to print the plan and show bars.
@@ -68,16 +77,46 @@ def convert(
         check_out(place, overwrite)
     opened = open_source(source, tokenizer=tokenizer, progress=progress)
     family = family_of(opened.config)
-    config = plan.apply(family.fields(opened.config))
-    if progress:
-        print(plan.describe(config, f"{opened.name} ({family.name})"), file=sys.stderr)
+    fields = family.fields(opened.config)
+    own = ConversionPlan(mixers="keep", sites="none").apply(fields)
+    config = (plan.everywhere() if plan.is_measured else plan).apply(fields)
+    replaced = replaced_layers(own, config)
+    if not isinstance(transfer_tokens, int) or transfer_tokens < 0:
+        raise ValueError(f"transfer_tokens must be a number of tokens, at least 0; got {transfer_tokens!r}.")
+    if transfer_tokens and not replaced:
+        raise ValueError("transfer_tokens is given, but the plan replaces no layer: leave it out, or choose mixers.")
     if plan.needs_text and not isinstance(calibration_text, Tensor) and opened.tokenizer is None:
         raise ValueError("Calibration needs a tokenizer, and the source has none: give tokenizer= or token ids.")
+    lesson = {"tokenizer": opened.tokenizer, "text": transfer_text, "progress": progress}
+    if transfer_text is None:
+        lesson["text"] = calibration_text
+
+    found, learned = None, {}
+    if plan.is_measured:
+        keep = plan.kept_of(len(replaced))
+        model, _ = _build(opened, family, config, wanted or opened.dtype)
+        _follow(source, model)
+        found = search(model, teacher_of(model, own), replaced, keep, **lesson)
+        config = plan.decided(found["auto"]["kept"], len(config.mixers)).apply(fields)
+        replaced = replaced_layers(own, config)
+        learned = {i: model.model.layers[i].mixer for i in replaced}
+    if plan.rotate:
+        check_rotatable(config)
+    if progress:
+        print(plan.describe(config, f"{opened.name} ({family.name})"), file=sys.stderr)
 
     model, record = _build(opened, family, config, wanted or opened.dtype)
-    if isinstance(source, PreTrainedModel):
-        model.to(source.device)  # type: ignore[arg-type]
-    record |= {"plan": plan.as_dict(), "calibration": None, "measured": {}, "notes": opened.notes}
+    _follow(source, model)
+    record |= {"plan": plan.as_dict(), "search": found, "transfer": None, "calibration": None, "measured": {}}
+    record |= {"rotated": [], "notes": opened.notes}
+    teacher = teacher_of(model, own) if transfer_tokens else None
+    for i, mixer in learned.items():  # spike sites keep their own; what the teacher shares is not written on
+        model.model.layers[i].mixer.load_state_dict(mixer.state_dict(), strict=False, assign=True)
+    if teacher is not None:
+        record["transfer"] = transfer(model, teacher, replaced, transfer_tokens, **lesson)
+    if plan.rotate:
+        record["rotated"] = rotate(model)
+    record["result"]["parameters"] = sum(p.numel() for p in model.parameters())  # a rotation may untie the head
     if plan.needs_text:
         record["calibration"] = calibrate(
             model,
@@ -91,6 +130,12 @@ def convert(
     if place is not None:
         write_folder(place, model, opened, record, overwrite)
     return model
+
+
+def _follow(source: Any, model: SpikeLMForCausalLM) -> None:
+    """Put the model where a loaded source is."""
+    if isinstance(source, PreTrainedModel):
+        model.to(source.device)  # type: ignore[arg-type]
 
 
 def _build(
@@ -130,7 +175,6 @@ def _build(
             "dtype": str(dtype).removeprefix("torch."),
             "layers": config.mixers,
             "spike_sites": config.spike_sites or [],
-            "parameters": sum(p.numel() for p in model.parameters()),
         },
         "keys": {"source_tensors": count, "filled": len(mapped), "new": len(new)},
         "new_parameters": sorted(new),

@@ -43,7 +43,7 @@ def new_parameters(config: SpikeLMConfig) -> set[str]:
         names |= {f"{layer}.mixer.{mixer}.{tensor}" for mixer in mixers for tensor in _NEW.get(mixer, ())}
         if "gla" in mixers and config.at("gla_gate", i) == "low_rank":
             names |= {f"{layer}.mixer.gla.gate.{t}" for t in ("0.weight", "1.weight", "1.bias")}
-        if len(mixers) > 1:
+        if len(mixers) > 1 and config.at("parallel_norms", i) == "both":
             # A mixer with an output norm of its own needs no other.
             normed = {mixer for mixer in mixers if "norm.weight" in _NEW.get(mixer, ())}
             names |= {f"{layer}.mixer.branch_norms.{mixer}.weight" for mixer in mixers if mixer not in normed}

@@ -1,7 +1,7 @@
 """What a conversion changes: the mixer of every layer, which activations spike, and how."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeGuard
 
 from huggingface_hub.errors import StrictDataclassError
@@ -12,6 +12,7 @@ from spikelm.validation import CODES, READ_SITES, THRESHOLDS
 
 ALLOCATIONS = ("gradient", "uniform")
 DEFAULT_WINDOW = 4096
+LONGEST_MEMORY = 2048  # half-life, in tokens, at which the slowest new gates begin
 SHORT_WINDOW = 64  # of window_linear, whose past is not lost outside of it
 
 
@@ -22,22 +23,27 @@ class ConversionPlan:
     Attributes:
         mixers: `keep` (every layer keeps its own), one mixer for all layers (`attention`, `swa`, `window_linear`,
             `gla`, `retention`, `delta`, or one of the last three beside one of the first two, as `gla+swa`),
-            `uniform:N` (every Nth layer keeps its own, the others become `target`), or a list with one entry per
-            layer, `keep` among the possible ones.
-        target: the mixer of the layers that `uniform:N` changes.
+            `uniform:N` (every Nth layer keeps its own, the others become `target`), `auto` (`keep` layers keep their
+            own, those whose replacement is measured to cost most), or a list with one entry per layer, `keep` among the
+            possible ones.
+        target: the mixer of the layers that `uniform:N` and `auto` change.
+        keep: for `auto`: how many layers keep their own mixer; below 1: which share of all.
         window: width, in tokens, of the windows in layers that the plan names; default: the source's own; else for
             `swa` 4096, or the model's longest text if that is shorter, and for `window_linear` 64, as in LoLCATs.
         sinks: first tokens of a text that sliding windows which the source does not have keep seeing.
         sites: `all`, `none`, or a list of `qkv`, `o`, `gate_up`, `down`.
         code: `bitwise`, `ternary` or `twos_complement`; `binary` has no sign and cannot code these activations.
         k: spike counts per mean magnitude; None: 3 as published, or 4 with a silent share, where the dead zones
-            silence what a finer k no longer does.
+            silence what a finer k no longer does. With the `gradient` allocation a mean: every site gets its own.
         dead_zone: |x| below this share of the mean magnitude is silent, at every site alike.
         threshold: `token` (each token's own mean magnitude), or `calibrated`, `learned`: a mean stored per site.
         silent_share: calibrate the dead zones so that this share of the inputs of all sites, each weighted by the
             weights that it would read, is zero; in (0, 1). None: `dead_zone` as it is.
-        allocation: how a silent share is spread: `gradient` (per channel, where it costs least), or `uniform` (one
-            dead zone for all sites).
+        allocation: how a silent share is spread: `gradient` (dead zones per channel and k per site where they cost
+            least), or `uniform` (one dead zone for all sites).
+        max_count: counts are clipped to this magnitude; None: never. Small ones need `rotate`, for outliers' sake.
+        rotate: spread outliers over all channels by rotations folded into the weights (`rotation.rotate`). It takes
+            away zeros, so it excludes a silent share. The input of `down` keeps its outliers: leave that site out.
 
     Raises:
         ValueError: a choice that is unknown, or that contradicts another.
@@ -45,6 +51,7 @@ class ConversionPlan:
 
     mixers: str | list[str] = "keep"
     target: str = "gla"
+    keep: int | float = 0.25
     window: int | None = None
     sinks: int = 4
     sites: str | list[str] = "all"
@@ -54,15 +61,19 @@ class ConversionPlan:
     threshold: str = "token"
     silent_share: float | None = None
     allocation: str = "gradient"
+    max_count: int | None = None
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.mixers, str):
             if self._period() is None:
-                _mixer("mixers", self.mixers, "keep", "uniform:N")
+                _mixer("mixers", self.mixers, "keep", "auto", "uniform:N")
         else:
             for name in self.mixers:
                 _mixer("mixers", name, "keep")
         _mixer("target", self.target)
+        if not _is_number(self.keep) or self.keep <= 0 or (self.keep > 1 and self.keep != int(self.keep)):
+            raise ValueError(f"keep must be a number of layers, or a share of them below 1; got {self.keep!r}.")
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise ValueError(f"window must be a whole number of tokens, at least 1; got {self.window!r}.")
         if not isinstance(self.sinks, int) or self.sinks < 0:
@@ -91,8 +102,15 @@ class ConversionPlan:
             raise ValueError(f"k must be a positive number of counts per mean magnitude; got {self.k!r}.")
         if not _is_number(self.dead_zone) or self.dead_zone < 0:
             raise ValueError(f"dead_zone must be a number of mean magnitudes, at least 0; got {self.dead_zone!r}.")
+        if self.max_count is not None and (not isinstance(self.max_count, int) or self.max_count < 1):
+            raise ValueError(f"max_count must be a whole number of spikes, at least 1; got {self.max_count!r}.")
         if self.silent_share is None:
             return
+        if self.rotate:
+            raise ValueError(
+                "Give rotate or silent_share, not both: a rotation makes every channel a mixture of all, and few of "
+                "them are near zero, so that dead zones cost far more. Rotate for small counts, silence for events."
+            )
         if not _is_number(self.silent_share) or not 0 < self.silent_share < 1:
             raise ValueError(f"silent_share must lie between 0 and 1; got {self.silent_share!r}.")
         if self.dead_zone:
@@ -120,6 +138,28 @@ class ConversionPlan:
     def needs_text(self) -> bool:
         """Whether something is to be measured on a calibration text."""
         return bool(self.site_names) and (self.silent_share is not None or self.threshold != "token")
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the mixers follow from a measurement, so that the plan has to be `decided` before it is applied."""
+        return self.mixers == "auto"
+
+    def everywhere(self) -> "ConversionPlan":
+        """The plan that replaces every layer, without spikes: what `auto` measures on."""
+        return replace(self, mixers=self.target, sites="none", silent_share=None)
+
+    def kept_of(self, layers: int) -> int:
+        """How many of so many layers the budget of `auto` keeps. Raises ValueError if none would be replaced."""
+        kept = max(round(self.keep * layers), 1) if self.keep < 1 else int(self.keep)
+        if kept >= layers:
+            raise ValueError(
+                f"keep is {self.keep:g}, but only {layers} layers would change: keep fewer, or choose 'keep'."
+            )
+        return kept
+
+    def decided(self, kept: list[int], layers: int) -> "ConversionPlan":
+        """The plan of a model with so many layers, of which `kept` keep their own mixer."""
+        return replace(self, mixers=["keep" if i in kept else self.target for i in range(layers)])
 
     def apply(self, source: dict[str, Any]) -> SpikeLMConfig:
         """The configuration of the converted model, from the fields that a family's table gives for the source.
@@ -150,12 +190,16 @@ class ConversionPlan:
             "mixers": mixers,
             "attention_window": windows if any(windows) else None,
             "attention_sinks": sinks if any(sinks) else 0,
+            "parallel_norms": "linear",
+            "gla_longest_memory": LONGEST_MEMORY,
+            "delta_longest_memory": LONGEST_MEMORY,
             "spike_sites": self.site_names or None,
             "spike_code": self.code,
             "spike_k": self.k,
             "spike_dead_zone": self.dead_zone,
             "spike_dead_zone_per_channel": self.silent_share is not None and self.allocation == "gradient",
             "spike_threshold": self.threshold,
+            "spike_max_count": self.max_count,
         }
         try:
             return SpikeLMConfig(**source | changes)
@@ -200,6 +244,10 @@ class ConversionPlan:
         if self.site_names:
             rows.append(("spike sites", f"{', '.join(self.site_names)} in every layer"))
             rows.append(("spike code", f"{self.code}, k = {self.k:g}, threshold per {_PER[self.threshold]}"))
+            if self.rotate:
+                rows.append(("rotation", "residual stream and values, folded into the weights"))
+            if self.max_count is not None:
+                rows.append(("counts", f"at most {self.max_count}"))
             if self.silent_share is None:
                 rows.append(("dead zone", f"{self.dead_zone:g} of the mean magnitude, everywhere"))
             else:
@@ -211,6 +259,8 @@ class ConversionPlan:
     def _origin(self) -> str:
         if self.mixers == "keep":
             return "as in the source"
+        if self.is_measured:
+            return f"keeping {self.keep:g}, measured"
         if self._period():
             return f"{self.mixers}, others {self.target}"
         return "as the plan says"

@@ -6,8 +6,50 @@ versions of Python: whoever reports numbers names the version.
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from pydoc_data.topics import topics
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Texts: TypeAlias = str | Tensor | Sequence[str | Tensor] | None
+
+
+def tokenized(text: Texts, tokenizer: Any) -> tuple[Tensor, dict[str, str]]:
+    """Ids `[N]` of a text, of ids, or of a list of either, one after the other; and what to record about them.
+
+    Args:
+        text: see above; None: `calibration_sample()`.
+        tokenizer: turns text into ids; it may be None if there is no text.
+
+    Raises:
+        ValueError: a text without a tokenizer, or something else than text and integers.
+    """
+    name = "the text given"
+    if text is None:
+        text, name = calibration_sample(), "Python's built-in reference topics"
+    parts = [text] if isinstance(text, (str, Tensor)) else list(text)
+    digest, ids = hashlib.sha256(), []
+    for part in parts:
+        if isinstance(part, str):
+            if tokenizer is None:
+                raise ValueError("A text needs a tokenizer, and the source has none: give tokenizer= or token ids.")
+            digest.update(part.encode())
+            part = torch.tensor(tokenizer(part, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        elif isinstance(part, Tensor) and not part.is_floating_point():
+            part = part.flatten().cpu()
+            digest.update(part.numpy().tobytes())
+        else:
+            raise ValueError(f"A text must be a str or token ids [N]; got {type(part).__name__}.")
+        ids.append(part)
+    if parts and all(isinstance(part, Tensor) for part in parts):
+        name = "the token ids given"
+    return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64), {
+        "text": name,
+        "text_sha256": digest.hexdigest(),
+    }
 
 
 def calibration_sample() -> str:

@@ -10,6 +10,7 @@ the query heads of a group read one state.
 State: `recurrent` `[B, Hkv, D, D]`, keys first, float32 or better.
 """
 
+from functools import partial
 from math import log
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikelm.cache import Stateful, StateSpec
+from spikelm.initial import Initial, half_lives
 from spikelm.kernels.delta_rule import gated_delta_rule, gated_delta_rule_step
 from spikelm.kernels.runtime import wide_dtype
 from spikelm.norms import make_norm
@@ -43,7 +45,7 @@ class DeltaCore(Stateful, nn.Module):
         self.state_macs = (3 * self.heads + queries) * self.head_dim**2
         self.a_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
         self.b_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
-        self.rates = Rates(self.heads)
+        self.rates = Rates(self.heads, config.delta_longest_memory)
         self.norm = make_norm("rmsnorm", self.head_dim, config.norm_eps)
 
     def state_specs(self) -> dict[str, StateSpec]:
@@ -87,14 +89,17 @@ class Rates(KeepsDtype):
     """`A_log` and `dt_bias` `[Hkv]`, float32: logits `[B, T, Hkv]` -> log decays -exp(A_log) softplus(logit + dt_bias).
 
     They start as in Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): exp(A_log) uniform in 1 to 16, softplus(dt_bias)
-    log-uniform in 0.001 to 0.1, so a zero logit has a half-life of 0.4 to 693 tokens.
+    log-uniform in 0.001 to 0.1, so a zero logit has a half-life of 0.4 to 693 tokens. With a `longest` memory the
+    half-lives at a zero logit are 16 tokens in the first head and so many in the last.
     """
 
-    def __init__(self, heads: int):
+    def __init__(self, heads: int, longest: float | None = None):
         super().__init__()
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.initial = {"A_log": _logarithms, "dt_bias": _biases}
+        self.initial: dict[str, Initial] = {"A_log": _logarithms, "dt_bias": _biases}
+        if longest is not None:
+            self.initial = {"A_log": 0.0, "dt_bias": partial(_spread, longest)}
 
     def forward(self, logits: Tensor) -> Tensor:
         """In float32 or better."""
@@ -108,7 +113,15 @@ def _logarithms(tensor: Tensor) -> Tensor:
 
 def _biases(tensor: Tensor) -> Tensor:
     steps = torch.empty_like(tensor).uniform_(log(0.001), log(0.1)).exp()
-    return steps + (-torch.expm1(-steps)).log()  # the inverse of softplus
+    return _inverse_softplus(steps)
+
+
+def _spread(longest: float, tensor: Tensor) -> Tensor:
+    return _inverse_softplus(log(2) / half_lives(16.0, longest, tensor.numel()))
+
+
+def _inverse_softplus(x: Tensor) -> Tensor:
+    return x + (-torch.expm1(-x)).log()
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ State: `recurrent` `[B, Hkv, D, D]`, float32 or better.
 """
 
 from functools import partial
+from math import exp, log, log1p
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from spikelm.cache import Stateful, StateSpec
-from spikelm.initial import declare
+from spikelm.initial import Initial, declare, half_lives
 from spikelm.kernels.gla import gla, gla_step
 from spikelm.kernels.runtime import wide_dtype
 from spikelm.norms import make_norm
@@ -44,7 +45,10 @@ class GatedLinearCore(Stateful, nn.Module):
         self.feature_map = _FEATURE_MAPS[config.at("gla_feature_map", layer_idx)]
         self.normalizer = config.gla_gate_normalizer
         kind, width = config.at("gla_gate", layer_idx), self.heads * self.head_dim
-        bias = float(config.at("gla_gate_bias", layer_idx))
+        first = float(config.at("gla_gate_bias", layer_idx))
+        bias: Initial = first
+        if config.gla_longest_memory is not None:
+            bias = partial(_spread, first, config.gla_longest_memory, self.normalizer, self.head_dim)
         self.tied = kind == "tied"
         self.input_readers = {"low_rank": ("gate.0",), "dense": ("gate",), "tied": ()}[kind]
         if kind == "low_rank":
@@ -87,9 +91,17 @@ class GatedLinearCore(Stateful, nn.Module):
 class LowRankGate(nn.Sequential):
     """Gate logits W_1 W_0 x + b: `[B, T, hidden]` -> `[B, T, width]`."""
 
-    def __init__(self, hidden: int, rank: int, width: int, bias: float):
+    def __init__(self, hidden: int, rank: int, width: int, bias: Initial):
         small = partial(init.xavier_uniform_, gain=2**-2.5)  # as published
         super().__init__(
             declare(nn.Linear(hidden, rank, bias=False), weight=small),
-            declare(nn.Linear(rank, width), weight=small, bias=float(bias)),
+            declare(nn.Linear(rank, width), weight=small, bias=bias),
         )
+
+
+def _spread(bias: float, longest: float, normalizer: float, head_dim: int, tensor: Tensor) -> Tensor:
+    """Biases `[H D]` under which each head's channels begin with half-lives from that of `bias` to `longest` tokens."""
+    shortest = log(2) * normalizer / log1p(exp(-bias))
+    log_keep = -log(2) * normalizer / half_lives(shortest, longest, head_dim)
+    logits = log_keep - torch.log(-torch.expm1(log_keep))  # logsigmoid(logit) = log_keep
+    return logits.repeat(tensor.numel() // head_dim)

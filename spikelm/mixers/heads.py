@@ -5,13 +5,15 @@
 A core (`SoftmaxCore`, `GatedLinearCore`, ...) sees q `[B, T, H, D]`, k and v `[B, T, Hkv, D]` before any rotation and
 returns heads `[B, T, H, D]`. It says whether its output is normed already (`normalises`) and which linears of its own
 read the layer's input (`input_readers`). Two cores side by side share the projections; each has its own output norm,
-and the normed heads are added (SpikingBrain-76B, section 1.3).
+and the normed heads are added (SpikingBrain-76B, section 1.3). With `parallel_norms: linear` a softmax core's heads
+are added as they are, to those of a linear core whose norm starts from 0.
 """
 
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from spikelm.initial import declare
 from spikelm.norms import make_norm
 from spikelm.spiking.site import NoSite, make_site
 
@@ -46,7 +48,12 @@ class HeadMixer(nn.Module):
         for name, core in cores.items():
             self.add_module(name, core)
         self.core_names = tuple(cores)
-        if len(cores) > 1:
+        if len(cores) > 1 and config.at("parallel_norms", layer_idx) == "linear":
+            self.branch_norms = nn.ModuleDict()
+            for core in cores.values():
+                if core.normalises:
+                    declare(core.norm, weight=0.0)
+        elif len(cores) > 1:
             self.branch_norms = nn.ModuleDict(
                 {
                     name: make_norm("rmsnorm", self.head_dim, config.norm_eps)

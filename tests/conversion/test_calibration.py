@@ -5,6 +5,7 @@ import torch
 
 from spikelm.conversion.allocation import LARGEST, ActivationProfile
 from spikelm.conversion.calibration import _substituted, calibrate
+from spikelm.conversion.checkpoints import read_json
 from spikelm.conversion.convert import convert
 from spikelm.conversion.texts import calibration_sample, evaluation_sample
 from spikelm.spiking.site import spike_groups
@@ -79,6 +80,40 @@ def test_dead_zones_follow_fan_out_and_importance():
     )
     assert multipliers.std() / multipliers.mean() < 1e-5, "one price of silence everywhere"
     assert profile.share(zones) == pytest.approx(0.45, abs=1e-4)
+
+
+def test_counts_follow_what_rounding_costs():
+    model = convert(llama(), k=4.0, progress=False)
+    groups = list(spike_groups(model))
+    profile = ActivationProfile(groups)
+    generator = torch.Generator().manual_seed(0)
+    for index, group in enumerate(groups):
+        profile.rows[index] = 10
+        profile.importance[index] = torch.rand(group.site.width, generator=generator).double() * (1 + index)
+    reads = torch.tensor([group.fan_out * group.site.width for group in groups]).double()
+    prices = torch.stack([importance.sum() for importance in profile.importance])
+    best = torch.tensor(profile.counts_by_gradient()).double()
+
+    def cost(k):
+        return float((prices / k.square()).sum())
+
+    assert float((best * reads).sum() / reads.sum()) == pytest.approx(4.0), "as many weights added by spikes"
+    assert cost(best) < cost(torch.full_like(best, 4.0))
+    for _ in range(20):  # no other counts with the same mean cost less
+        other = best * (1 + 0.1 * torch.rand(len(best), generator=generator))
+        other *= 4.0 * reads.sum() / (other * reads).sum()
+        assert cost(other) > cost(best)
+
+
+def test_calibrated_tensors_are_saved_and_recorded(tmp_path):
+    model = convert(llama(), tmp_path / "out", silent_share=0.4, calibration_text=text_ids(), progress=False)
+    again = type(model).from_pretrained(tmp_path / "out")
+    record = read_json(tmp_path / "out" / "conversion.json")["calibration"]
+    for one, two in zip(spike_groups(model), spike_groups(again), strict=True):
+        for name, tensor in one.site.named_buffers():
+            assert torch.equal(tensor, two.site.get_buffer(name))
+        assert record["k"][f"{one.layer_idx}.{one.name}"] == pytest.approx(float(one.site.k), abs=1e-3)
+    assert len(set(record["k"].values())) > 1
 
 
 def test_share_is_that_of_the_activations():

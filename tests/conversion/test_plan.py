@@ -4,6 +4,7 @@ import torch
 from spikelm.conversion.convert import convert
 from spikelm.conversion.families import FAMILIES
 from spikelm.conversion.plan import ConversionPlan
+from spikelm.conversion.transfer import windows
 from tests.conversion.tiny import VOCAB, gemma2, gemma3, llama, mistral
 
 BAD = [
@@ -30,6 +31,9 @@ BAD = [
     ({"silent_share": 0.3, "sites": "none"}, "needs spike sites"),
     ({"allocation": "random"}, "allocation must be one of"),
     ({"mixer": "gla"}, "Unknown choice mixer"),
+    ({"mixers": "auto", "keep": 0}, "keep must be"),
+    ({"mixers": "auto", "keep": 1.5}, "keep must be"),
+    ({"mixers": "auto", "keep": "half"}, "keep must be"),
 ]
 
 
@@ -147,6 +151,74 @@ def test_gla_layers_keep_projections_and_start_alike():
     assert torch.equal(mixer.gla.norm.weight, torch.ones(12))
     assert torch.equal(mixer.gla.gate[0].weight, second.model.layers[1].mixer.gla.gate[0].weight)
     assert mixer.gla.gate[0].weight.std() > 0
+
+
+def one_layer_matters(index: int):
+    """A source whose attention adds something in one layer only."""
+    source = llama(max_position_embeddings=128)
+    for i, layer in enumerate(source.model.layers):
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight) if i != index else layer.self_attn.o_proj.weight.data.mul_(
+            4
+        )
+    return source
+
+
+@pytest.mark.parametrize("index", [1, 3])
+def test_auto_keeps_the_layer_that_matters(index, monkeypatch):
+    monkeypatch.setattr("spikelm.conversion.search.TOKENS", 256)
+    ids = torch.randint(3, VOCAB, (1024,), generator=torch.Generator().manual_seed(1))
+    plan = {"mixers": "auto", "target": "gla", "keep": 1, "transfer_text": ids, "sites": "none", "progress": False}
+    source = one_layer_matters(index)
+    model = convert(source, **plan)
+    expected = ["attention" if i == index else "gla" for i in range(4)]
+    assert model.config.mixers == model.conversion["result"]["layers"] == expected
+    found = model.conversion["search"]
+    assert found["ranking"][0]["layer"] == index and found["auto"]["kept"] == [index]
+    assert sorted(entry["layer"] for entry in found["ranking"]) == [0, 1, 2, 3]
+    costs = [entry["kl"] for entry in found["ranking"]]
+    assert costs == sorted(costs, reverse=True) and costs[0] > 10 * costs[1]
+    assert len(found["random"]["kept"]) == 1 and found["random"]["kept"] != [index]
+    assert found["auto"]["kl"] < found["random"]["kl"]
+    assert (found["tokens"], found["held_out_tokens"], found["seed"]) == (256, 256, 0)
+    attention = source.model.layers[index].self_attn
+    assert torch.equal(model.model.layers[index].mixer.q_proj.weight, attention.q_proj.weight)
+    assert convert(source, **plan).conversion["search"] == found
+
+
+@torch.no_grad()
+def test_the_measured_cost_is_that_of_the_model_with_those_mixers(monkeypatch):
+    """Without a transfer afterwards the written model is the plan that was measured, on the same tokens."""
+    monkeypatch.setattr("spikelm.conversion.search.TOKENS", 128)
+    ids = torch.randint(3, VOCAB, (1024,), generator=torch.Generator().manual_seed(1))
+    source = llama(max_position_embeddings=128)
+    choices = {"target": "gla+swa", "window": 6, "sites": "none", "progress": False, "dtype": "float64"}
+    with torch.enable_grad():
+        model = convert(source, mixers="auto", keep=0.5, transfer_text=ids, **choices)
+    found = model.conversion["search"]
+    _, held = windows(ids, 128)
+    own = convert(source, sites="none", progress=False, dtype="float64")
+    costs = []
+    for row in held:
+        mine, theirs = model(row[None]).logits.log_softmax(-1)[0], own(row[None]).logits.log_softmax(-1)[0]
+        costs.append(float((theirs.exp() * (theirs - mine)).sum(-1).mean()))
+    assert len(found["auto"]["kept"]) == 2
+    assert found["auto"]["kl"] == pytest.approx(sum(costs) / len(costs), rel=1e-6)
+
+
+def test_auto_goes_on_with_what_its_candidates_learned(monkeypatch):
+    monkeypatch.setattr("spikelm.conversion.search.TOKENS", 1024)
+    ids = torch.randint(3, VOCAB, (1024,), generator=torch.Generator().manual_seed(1))
+    choices = {"transfer_text": ids, "transfer_tokens": 64, "progress": False}
+    auto = convert(llama(), mixers="auto", keep=2, **choices)
+    fresh = convert(llama(), mixers=["keep" if m == "attention" else m for m in auto.config.mixers], **choices)
+    for layer, losses in auto.conversion["transfer"]["layers"].items():
+        assert losses["before"] < fresh.conversion["transfer"]["layers"][layer]["before"]
+    assert len(auto.conversion["transfer"]["layers"]) == 2
+
+
+def test_auto_needs_layers_to_replace():
+    with pytest.raises(ValueError, match="only 4 layers would change"):
+        convert(llama(), mixers="auto", keep=4, progress=False)
 
 
 def _fields(model):

@@ -75,6 +75,8 @@ def test_controls_change_the_model_and_leave_it_as_it_was_also_after_an_error(mo
 
 
 def test_spike_controls_set_what_they_say(model):
+    for i, group in enumerate(spike_groups(model)):
+        group.site.k.fill_(2.0 + i)  # as a calibration does
     with controls.uniform_dead_zone(model, 0.7):
         assert all(float(g.site.dead_zone) == pytest.approx(0.7) and float(g.site.k) == 4 for g in spike_groups(model))
     with controls.plain_code(model):

@@ -28,6 +28,9 @@ def evaluated(tmp_path_factory, make_tokenizer, make_pair):
         Text("two", "A neuron is silent. " * 30, "there"),
     ]
     out = tmp_path_factory.mktemp("report")
+    losses = {"0": {"before": 0.5, "after": 0.25}, "1": {"before": 0.75, "after": 0.5}}
+    learned = {"text": "some text", "text_sha256": "0", "tokens": 96, "window": 24, "held_out_tokens": 48}
+    model.conversion = {"transfer": learned | {"layers": losses}}
     calibration = Text("calibration", "It has something to say. " * 10, "elsewhere")
     report = evaluate(model, baseline, make_tokenizer(), texts, calibration=calibration, out=out, **SMALL)
     return report, out, model
@@ -51,6 +54,16 @@ def test_the_documented_keys_are_the_written_keys(evaluated):
     per_text = (*quality, "bits_per_byte", *SPIKES, "rows[]")
     repeated = {f"texts[].{key}" for key in documented if key.split(".")[0] in per_text}
     assert written == documented | repeated
+
+
+def test_the_report_shows_what_the_conversion_learned(evaluated):
+    report, out, _ = evaluated
+    assert report["transfer"]["layers"] == [
+        {"layer": 0, "before": 0.5, "after": 0.25},
+        {"layer": 1, "before": 0.75, "after": 0.5},
+    ]
+    text = (out / "report.md").read_text()
+    assert "| 1 | 0.7500 | 0.5000 |" in text and "on 96 tokens of some text" in text
 
 
 def test_the_report_holds_the_rows_the_curve_and_the_sites(evaluated):

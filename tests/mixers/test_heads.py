@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from small_models import SITES, small_model
+from small_models import SITES, small_config, small_model
+from spikelm import SpikeLMForCausalLM
 from spikelm.spiking import spike_groups
 
 
@@ -19,6 +20,26 @@ def test_shared_branches_add_their_normed_heads():
     heads = seen["swa"]
     normed = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + 1e-6) * mixer.branch_norms["swa"].weight
     assert (seen["o"] - (seen["gla"] + normed).flatten(2)).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_a_linear_branch_can_start_from_nothing_beside_a_window_without_a_norm():
+    model = small_model(mixers="gla+swa", parallel_norms="linear")
+    mixer = model.model.layers[0].mixer
+    assert not mixer.branch_norms
+    assert (
+        SpikeLMForCausalLM(small_config(mixers="gla+swa", parallel_norms="linear"))
+        .model.layers[0]
+        .mixer.gla.norm.weight.abs()
+        .max()
+        == 0
+    )
+    seen = {}
+    mixer.gla.register_forward_hook(lambda m, a, out: seen.update(gla=out[0]))
+    mixer.swa.register_forward_hook(lambda m, a, out: seen.update(swa=out[0]))
+    mixer.o_proj.register_forward_hook(lambda m, a, out: seen.update(o=a[0]))
+    model(torch.randint(0, 97, (1, 9)))
+    assert torch.equal(seen["o"], (seen["gla"] + seen["swa"]).flatten(2))
 
 
 def test_branches_share_projections_unless_the_flag_separates_them():
