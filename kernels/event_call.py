@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikelm.kernels import event_linear_cpp
-from spikelm.kernels.event_linear import event_linear, table_linear
+from spikelm.kernels.event_linear import event_linear, spike_linear, table_linear
 from spikelm.kernels.rows import Rows, Table
 from spikelm.kernels.runtime import expect
-from spikelm.kernels.spike_encode import spike_encode
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,21 @@ class EventCall:
             return table_linear(v, self.weights, self.bias)
         if self.code is None:
             return event_linear(v, self.weights, self.bias, dense=self.dense)
-        v = v.relu() if self.code.rectify else v
-        zone, magnitude, limit = self.code.dead_zone, self.code.magnitude, self.code.max_count
-        counts, threshold = spike_encode(v, self.code.k, dead_zone=zone, magnitude=magnitude, max_count=limit)
+        code = self.code
+        v = v.relu() if code.rectify else v
+        y, counts, threshold = spike_linear(
+            v,
+            self.weights,
+            code.k,
+            self.bias,
+            dead_zone=code.dead_zone,
+            magnitude=code.magnitude,
+            max_count=code.max_count,
+            dense=self.dense,
+        )
         self.counts.copy_(counts)
         self.threshold.copy_(threshold)
-        return event_linear(counts, self.weights, self.bias, threshold=threshold, dense=self.dense)
+        return y
 
     def _check(self) -> None:
         inputs, outputs = self.weights.inputs * (2 if self.gated else 1), self.weights.outputs

@@ -10,7 +10,7 @@ With counts, integer weights are a true integer product: sums within a group are
 floating-point weights, or values, sums are float32 (float64 for float64 inputs). The order of a sum depends neither on
 the number of threads nor on the other rows of a batch.
 
-`dense=True` takes all inputs, silent or not: the same engine without its switch, for comparison and for inputs that
+`spike_linear` is `spike_encode` and `event_linear` in one pass. `dense=True` takes all inputs, silent or not: the same engine without its switch, for comparison and for inputs that
 are hardly ever silent. `table_linear` is the dense product with a `Table`, the output head.
 
 Inference only: nothing here carries gradients, and inputs that ask for them are refused.
@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from spikelm.kernels import event_linear_cpp, event_linear_torch
+from spikelm.kernels.event_linear_torch import FEW
 from spikelm.kernels.rows import Rows, Table, codes_of, unpack
 from spikelm.kernels.runtime import check_floating, contiguous, expect, use_triton, wide_dtype, without_autocast
+from spikelm.kernels.spike_encode import _check as _check_code
+from spikelm.kernels.spike_encode import _on_triton, spike_encode_reference
 
 
 def event_linear(
@@ -49,6 +52,41 @@ def event_linear(
         flat, threshold, rows.data, rows.scales, bias, rows.format, rows.group, rows.inputs, rows.outputs, dense
     )
     return y.view(*x.shape[:-1], rows.outputs)
+
+
+def spike_linear(
+    x: Tensor,
+    rows: Rows,
+    k: Tensor | float,
+    bias: Tensor | None = None,
+    *,
+    dead_zone: Tensor | float | None = None,
+    magnitude: Tensor | float | None = None,
+    max_count: int | None = None,
+    dense: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Code an activation, and multiply the counts with the weights that read it.
+
+    Args:
+        x: [..., in], any floating dtype.
+        rows, bias, dense: as in `event_linear`.
+        k, dead_zone, magnitude, max_count: as in `spike_encode`.
+
+    Returns:
+        y [..., out] in the dtype of x, and counts [..., in] and threshold [..., 1] as `spike_encode` returns them, with
+        the same bits.
+
+    Raises:
+        ValueError: shapes that do not fit, or a gradient that would be lost.
+    """
+    _check("spike_linear", x, rows, bias, None)
+    code = (*_check_code(x, k, dead_zone, magnitude, max_count), max_count)
+    flat = x.reshape(-1, rows.inputs)
+    y, counts, threshold = _spike_linear(
+        flat, rows.data, rows.scales, bias, *code, rows.format, rows.group, rows.inputs, rows.outputs, dense
+    )
+    lead = x.shape[:-1]
+    return y.view(*lead, rows.outputs), counts.view(x.shape), threshold.view(*lead, 1)
 
 
 def table_linear(x: Tensor, table: Table, bias: Tensor | None = None) -> Tensor:
@@ -137,7 +175,7 @@ def _event_linear(
 ) -> Tensor:
     x, threshold, bias = contiguous(x, threshold, bias)
     rows = Rows(format, *contiguous(data, scales), group, inputs, outputs)
-    if format != "fp64" and use_triton(x, threshold, data, scales, bias):
+    if format != "fp64" and x.shape[0] <= FEW and use_triton(x, threshold, data, scales, bias):
         from spikelm.kernels.event_linear_triton import event_linear_triton
 
         y = event_linear_triton(x, threshold, rows, bias, dense)
@@ -151,6 +189,43 @@ def _event_linear(
 @_event_linear.register_fake
 def _(x, threshold, data, scales, bias, format, group, inputs, outputs, dense):
     return x.new_empty(x.shape[0], outputs)
+
+
+@torch.library.custom_op("spikelm::spike_linear", mutates_args=())
+@without_autocast
+def _spike_linear(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    k: Tensor,
+    dead_zone: Tensor | None,
+    magnitude: Tensor | None,
+    max_count: int | None,
+    format: str,
+    group: int,
+    inputs: int,
+    outputs: int,
+    dense: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (x, bias), code = contiguous(x, bias), (k, dead_zone, magnitude, max_count)
+    rows = Rows(format, *contiguous(data, scales), group, inputs, outputs)
+    if format != "fp64" and x.shape[0] <= FEW and _on_triton(x, data, scales, bias):
+        from spikelm.kernels.event_linear_triton import spike_linear_triton
+
+        y, counts, threshold = spike_linear_triton(x, rows, bias, *code, dense)
+    elif event_linear_cpp.takes(x, rows):
+        y, counts, threshold = event_linear_cpp.spike_linear(x, rows, bias, *code, dense)
+    else:
+        counts, threshold = spike_encode_reference(x, *code)
+        y = event_linear_torch.event_linear(counts, threshold, rows, bias, dense)
+    return y.to(x.dtype), counts, threshold
+
+
+@_spike_linear.register_fake
+def _(x, data, scales, bias, k, dead_zone, magnitude, max_count, format, group, inputs, outputs, dense):
+    wide = wide_dtype(x)
+    return x.new_empty(x.shape[0], outputs), x.new_empty(x.shape, dtype=wide), x.new_empty(x.shape[0], 1, dtype=wide)
 
 
 @torch.library.custom_op("spikelm::table_linear", mutates_args=())

@@ -50,6 +50,27 @@ def event_linear(x: Tensor, threshold: Tensor | None, weights: Rows | Table, bia
     return y
 
 
+def spike_linear(
+    x: Tensor,
+    rows: Rows,
+    bias: Tensor | None,
+    k: Tensor,
+    dead_zone: Tensor | None,
+    magnitude: Tensor | None,
+    max_count: int | None,
+    dense: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, in] -> y [B, out], counts [B, in], threshold [B, 1], all float32."""
+    x = x.float()
+    y, counts, threshold = x.new_empty(x.shape[0], rows.outputs), torch.empty_like(x), x.new_empty(x.shape[0], 1)
+    parts = {"bias": bias, "k": k, "zone": dead_zone, "magnitude": magnitude, "counts": counts, "threshold": threshold}
+    zones = 0 if dead_zone is None else dead_zone.numel()
+    options = {"dense": dense, "zones": zones, "max_count": max_count or 0}
+    call, _alive = _describe(rows, x, y, parts, options)
+    library().event_linear(ctypes.byref(call), torch.get_num_threads())
+    return y, counts, threshold
+
+
 def prepare(call: "EventCall") -> Compiled | None:
     """What runs a prepared call; None where torch must."""
     if not takes(call.x, call.weights):

@@ -44,8 +44,8 @@ struct Double {  // integers beyond int32: exact to 2^53
 };
 struct Bytes : Integer {};  // integers through products of bytes; columns in the order of `place`
 
-// sums[part][b][column] += events [R][B] times rows, columns [0, n).
-template <class W, class Sum, int B, int R>
+// sums[part][b][column] += events [ROWS][B] times rows, columns [0, n).
+template <class W, class Sum, int B>
 void add_rows(const typename W::Item *const *rows, const typename W::Item *const *ahead, const float *events,
               typename Sum::Scalar *sums, int64_t by_part, int64_t by_batch, int64_t n) {
     typedef typename Sum::Vector Vector;
@@ -59,7 +59,7 @@ void add_rows(const typename W::Item *const *rows, const typename W::Item *const
             for (int part = 0; part < W::PARTS; part++)
                 for (int b = 0; b < B; b++)
                     sum[w][part][b] = *(const Vector *)(sums + part * by_part + b * by_batch + j + w * LANES);
-        for (int r = 0; r < R; r++) {
+        for (int r = 0; r < ROWS; r++) {
             for (int64_t line = 0; line < STEP; line += LINE) __builtin_prefetch(ahead[r] + j + line);
             for (int w = 0; w < WIDE; w++) {
                 typename W::Wide wide[W::PARTS];
@@ -75,7 +75,7 @@ void add_rows(const typename W::Item *const *rows, const typename W::Item *const
                     *(Vector *)(sums + part * by_part + b * by_batch + j + w * LANES) = sum[w][part][b];
     }
     for (; j < n; j++)
-        for (int r = 0; r < R; r++) {
+        for (int r = 0; r < ROWS; r++) {
             typename W::One one[W::PARTS];
             W::one(rows[r] + j, one);
             for (int part = 0; part < W::PARTS; part++)
@@ -150,18 +150,15 @@ void add_group(const Product &p, int64_t e, int64_t end, int64_t at, int64_t dis
         const Item *rows[ROWS], *ahead[ROWS];
         const int64_t taken = std::min(ROWS, end - e);
         for (int64_t r = 0; r < ROWS; r++) rows[r] = row(e + std::min(r, taken - 1)), ahead[r] = row(e + r + distance);
-        const float *events = p.events + e * B;
+        float events[ROWS * B] = {};  // what is missing from four is the last row, zero times
+        std::copy_n(p.events + e * B, taken * B, events);
         if constexpr (std::is_same_v<Sum, Bytes>) {
-            float padded[ROWS * B] = {};
             int32_t counts[B];
-            std::copy_n(events, taken * B, padded);
-            for (int b = 0; b < B; b++) counts[b] = four_counts(padded + b, B);
+            for (int b = 0; b < B; b++) counts[b] = four_counts(events + b, B);
             add_bytes<W, B>(rows, ahead, counts, sums, by_part, by_batch, n);
-        } else if (taken == ROWS)
-            add_rows<W, Sum, B, ROWS>(rows, ahead, events, sums, by_part, by_batch, n);
-        else
-            for (int64_t r = 0; r < taken; r++)
-                add_rows<W, Sum, B, 1>(rows + r, ahead + r, events + r * B, sums, by_part, by_batch, n);
+        } else {
+            add_rows<W, Sum, B>(rows, ahead, events, sums, by_part, by_batch, n);
+        }
     }
 }
 

@@ -52,26 +52,38 @@ def _saturate(v, limit):
 
 
 @triton.jit
-def _code(
-    v, o_c, m_c, k, zone, magnitude, C, ZONE: tl.constexpr, STORED: tl.constexpr,
-    R: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr,
-):  # fmt: skip
-    """Unclipped counts [R, P] and threshold [R, 1] of rows v [R, P]; `_fold`'s order needs zeros where not m_c."""
-    size = tl.abs(v)
+def _level(size, k, magnitude, C, STORED: tl.constexpr, R: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr):
+    """Mean magnitude and threshold, [R] each, of rows with magnitudes size [R, P], zero behind C."""
     if STORED:
         m = tl.load(magnitude) + tl.zeros((R,), dtype=tl.float32)
     else:
         m = tl.div_rn(_fold(size, R, P, LEVELS), C * 1.0)
     threshold = tl.div_rn(m, tl.load(k))
     threshold = tl.maximum(threshold, _TINY, propagate_nan=tl.PropagateNan.ALL)
-    threshold = tl.minimum(threshold, _HUGE, propagate_nan=tl.PropagateNan.ALL)[:, None]
-    counts = _round_even(tl.div_rn(v, threshold))
+    return m, tl.minimum(threshold, _HUGE, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _counts(v, o_c, m_c, m, threshold, zone, ZONE: tl.constexpr):
+    """Unclipped counts of v [R, C] from `_level`'s results [R]; o_c [C] are the channels."""
+    size = tl.abs(v)
+    counts = _round_even(tl.div_rn(v, threshold[:, None]))
     if ZONE == 1:
         counts = tl.where(size < tl.load(zone) * m[:, None], 0.0, counts)
     elif ZONE == 2:
         b_zone = tl.load(zone + o_c, mask=m_c, other=0.0)[None, :]
         counts = tl.where(size < b_zone * m[:, None], 0.0, counts)
-    return counts, threshold
+    return counts
+
+
+@triton.jit
+def _code(
+    v, o_c, m_c, k, zone, magnitude, C, ZONE: tl.constexpr, STORED: tl.constexpr,
+    R: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Unclipped counts [R, P] and threshold [R, 1] of rows v [R, P]; `_fold`'s order needs zeros where not m_c."""
+    m, threshold = _level(tl.abs(v), k, magnitude, C, STORED, R, P, LEVELS)
+    return _counts(v, o_c, m_c, m, threshold, zone, ZONE), threshold[:, None]
 
 
 @triton.jit

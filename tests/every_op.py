@@ -77,7 +77,17 @@ def window_linear(leaf, width):
     window_linear(q, k, v, fq, fk, leaf(2) + 1, window=3)[0].sum().backward()
 
 
-CALLS = (attention, window_linear, delta_rule, scan, lif, egru, spike_encode, spike_train, wkv)
+def event_linear(leaf, width):
+    from spikelm.kernels.event_linear import event_linear, spike_linear
+    from spikelm.kernels.rows import pack_rows
+
+    for batch, format in ((1, "fp32"), (1, "bf16"), (8, "int16"), (8, "int8"), (2, "int4")):
+        x, rows = leaf(batch, width).detach(), pack_rows(torch.zeros(3 * width, width), format, 32)
+        event_linear(x, rows, threshold=x[:, :1])
+        spike_linear(x, rows, 3.0, leaf(3 * width).detach(), dead_zone=0.5, max_count=4)
+
+
+CALLS = (attention, window_linear, delta_rule, scan, lif, egru, spike_encode, spike_train, wkv, event_linear)
 
 
 def run_every_op(dtype, width):

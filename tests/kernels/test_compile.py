@@ -29,7 +29,8 @@ TARGETS["gfx942"] = ("hip", "gfx942", 64)
 SHARED = {"cuda80": 166_912, "cuda90": 232_448, "cuda100": 232_448, "gfx942": 65_536}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1"}
+TYPES |= {torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8"}
+TYPES |= {torch.bool: "i1"}
 
 
 @dataclass(frozen=True)
