@@ -11,8 +11,8 @@ import json
 import os
 import platform
 import statistics
-import time
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ def break_even(rows: list[dict[str, Any]]) -> float | None:
     gains = [(row["silent"], row["never"]["ms"] / row["always"]["ms"] - 1) for row in rows]
     if gains[-1][1] < 0:
         return None
-    for (low, below), (high, above) in reversed(list(zip(gains, gains[1:]))):
+    for (low, below), (high, above) in reversed(list(pairwise(gains))):
         if below < 0:
             return low + (high - low) * -below / (above - below)
     return 0.0

@@ -38,8 +38,8 @@ def page(report: dict[str, Any]) -> str:
         "# Decoding speed",
         "",
         f"Model: {report['model']}. {machine['processor']}, {machine['threads']} threads, load average "
-        f"{machine['load_before'][0]} before and {machine['load_after'][0]} after; torch {machine['torch']}, transformers "
-        f"{machine['transformers']}, Python {machine['python']}; {machine['date']}.",
+        f"{machine['load_before'][0]} before and {machine['load_after'][0]} after; torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, Python {machine['python']}; {machine['date']}.",
         "",
         "Medians of a step, quartiles in brackets; contenders take turns token by token and read the same tokens.",
     ]
@@ -130,7 +130,9 @@ def _draw_speed(ax: Any, name: str, result: dict[str, Any]) -> None:
         speeds = [row["contenders"][contender] for row in own]
         colour = _COLOURS[contender]
         ax.loglog(contexts, [s["tokens_per_s"] for s in speeds], "o-", color=colour, label=_NAMES[contender])
-        ax.fill_between(contexts, *[[1e3 / s[k] for s in speeds] for k in ("low_ms", "high_ms")], color=colour, alpha=0.2)
+        ax.fill_between(
+            contexts, *[[1e3 / s[k] for s in speeds] for k in ("low_ms", "high_ms")], color=colour, alpha=0.2
+        )
     ax.set_title(f"{name}, batch 1")
     ax.set_xlabel("tokens of context")
     ax.set_ylabel("tokens per second")

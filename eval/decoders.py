@@ -33,7 +33,7 @@ class Decoder(Protocol):
 class ModelDecoder:
     """A causal language model of this library or of transformers."""
 
-    batches = None
+    batches: tuple[int, ...] | None = None
 
     def __init__(self, model: Any):
         self.model, self.cache = model, None
@@ -55,9 +55,7 @@ class ModelDecoder:
         return likeliest
 
     def _run(self, ids: Tensor) -> Tensor:
-        out = self.model(
-            input_ids=ids.to(self.device), use_cache=True, logits_to_keep=1, **{CACHE_NAME: self.cache}
-        )
+        out = self.model(input_ids=ids.to(self.device), use_cache=True, logits_to_keep=1, **{CACHE_NAME: self.cache})
         self.cache = out[CACHE_NAME]
         return out.logits[:, -1]
 
@@ -65,7 +63,7 @@ class ModelDecoder:
 class LlamaCppDecoder:
     """A `.gguf` file in llama.cpp, through its Python package."""
 
-    batches = (1,)
+    batches: tuple[int, ...] | None = (1,)
 
     def __init__(self, path: str, longest: int):
         package = importlib.import_module("llama_cpp")

@@ -64,7 +64,9 @@ class AttendCall:
             shape = (qkv.shape[0], widths.get(name, t.shape[1]))
             fits = tuple(t.shape) == shape and t.dtype == torch.float32 and t.is_contiguous() and t.device.type == "cpu"
             got = f"{t.dtype} {tuple(t.shape)}"
-            expect(fits, "AttendCall", name, f"contiguous float32 {shape} on the CPU", got, "It is used again and again.")
+            expect(
+                fits, "AttendCall", name, f"contiguous float32 {shape} on the CPU", got, "It is used again and again."
+            )
         self.compiled: Compiled | None = None
         if (library := cpp.library("attend", "-fopenmp")) is not None:
             tensors = (qkv, cos, sin, None, None, heads, length)

@@ -16,7 +16,7 @@ from spikelm.kernels import cpp
 
 @dataclass(frozen=True)
 class Compiled:
-    """A function `(call, threads)` of a compiled file, and the structure that it reads; `alive` is what that points to."""
+    """A function `(call, threads)` of a compiled file and the structure that it reads; `alive`: what that points to."""
 
     function: Any
     call: ctypes.Structure
@@ -45,9 +45,10 @@ class Chain:
 
     def __init__(self, calls: Sequence[PreparedCall]):
         self.calls = list(calls)
-        library, compiled = cpp.library("chain"), [call.compiled for call in calls]
+        library = cpp.library("chain")
+        compiled = [call.compiled for call in calls if call.compiled is not None]
         self._run: Callable[[int], None] | None = None
-        if library is not None and all(part is not None for part in compiled):
+        if library is not None and len(compiled) == len(calls):
             pointers = ctypes.c_void_p * len(compiled)
             functions = pointers(*(ctypes.cast(part.function, ctypes.c_void_p).value for part in compiled))
             arguments = pointers(*(ctypes.addressof(part.call) for part in compiled))

@@ -68,7 +68,7 @@ class Stateful:
             context.cache.layers[self.layer_idx].states[f"{self.state_path}.{name}"] = value.detach()
 
     def extend_state(self, context: "ForwardContext", name: str, value: Tensor) -> Tensor:
-        """A state `[B, H, L, D]` with `value` `[B, H, T, D]` behind it; stored, and without copies while room is left."""
+        """A state `[B, H, L, D]` with `value` `[B, H, T, D]` behind it; stored, without copies while room is left."""
         if context.cache is None:
             return value
         return context.cache.layers[self.layer_idx].extend(f"{self.state_path}.{name}", value)

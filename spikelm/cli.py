@@ -22,8 +22,8 @@ from spikelm.conversion.sources import quiet
 from spikelm.conversion.texts import evaluation_sample
 from spikelm.eval.data import Text, read_texts
 from spikelm.eval.evaluate import evaluate
-from spikelm.loading import load_model
 from spikelm.inference.prepare import EVENTS, prepare_for_inference, set_events
+from spikelm.loading import load_model
 from spikelm.spiking import SpikeStatistics, execute_trains, spike_groups
 from spikelm.validation import PACKED_WEIGHTS
 

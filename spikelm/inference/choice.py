@@ -144,7 +144,8 @@ def _read(path: Path, machine: dict[str, Any]) -> dict[str, float]:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return stored["most_active"] if stored.get("machine") == machine else {}
+    fits = isinstance(stored, dict) and stored.get("machine") == machine
+    return stored["most_active"] if fits else {}
 
 
 def _write(path: Path, machine: dict[str, Any], known: dict[str, float]) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from spikelm.ffns.gated import GatedFFN
 from spikelm.cache import Loan
+from spikelm.ffns.gated import GatedFFN
 from spikelm.inference.linears import EVENT_ROWS, EventProduct
 from spikelm.kernels.attend import AttendCall
 from spikelm.kernels.chain import Chain, PreparedCall
@@ -116,7 +116,7 @@ class _Step:
     """The calls of one layer for a batch of one size, between buffers that all layers share."""
 
     def __init__(self, layer: Any, buffers: dict[str, Tensor]):
-        mixer, core = layer.mixer, _core(layer)
+        core = _core(layer)
         qkv, o, gate_up, down = _products(layer)
         self.layer_idx = core.layer_idx
         self.growing = (f"{core.state_path}.keys", f"{core.state_path}.values")

@@ -126,7 +126,7 @@ def restore_dense(model: Any) -> Any:
 def set_events(model: Any, events: str) -> Any:
     """Change `events` of a prepared model; returns it. Raises ValueError for an unknown name or a dense model."""
     expect(events in EVENTS, "set_events", "events", f"one of {EVENTS}", repr(events), "Choose one of them.")
-    known = getattr(model, "prepared", None)
+    known: Any = getattr(model, "prepared", None)
     remedy = "Choose a format of its weights first."
     expect(known is not None, "set_events", "the model", "prepared", "a dense one", remedy)
     for module in model.modules():

@@ -115,7 +115,8 @@ def test_the_curve_silences_what_it_says_and_gives_back():
 
 
 @pytest.mark.parametrize(
-    "gains, expected", [([0.9, 1.1, 1.5], 0.25), ([1.0, 1.2, 2.0], 0.0), ([0.5, 0.6, 0.9], None), ([1.2, 0.9, 1.1], 0.75)]
+    "gains, expected",
+    [([0.9, 1.1, 1.5], 0.25), ([1.0, 1.2, 2.0], 0.0), ([0.5, 0.6, 0.9], None), ([1.2, 0.9, 1.1], 0.75)],
 )
 def test_break_even(gains, expected):
     rows = [{"silent": s, "never": {"ms": g}, "always": {"ms": 1.0}} for s, g in zip((0.0, 0.5, 1.0), gains)]

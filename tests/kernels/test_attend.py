@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from kernel_cases import RATIOS, assert_close
+
 from spikelm.kernels import cpp
 from spikelm.kernels.attend import AttendCall
 from spikelm.mixers.attention import rotate
