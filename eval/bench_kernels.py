@@ -253,7 +253,7 @@ def _line(row: dict[str, Any]) -> str:
         return " " * width if value is None else f"{value:>{width}{form}}"
 
     empty = {"ms": None, "ratio": None}
-    peer = next((row[name] for name in ("fla", "spikingjelly") if name in row), empty)
+    peer = next((row[name] for name in ("fla", "spikingjelly", "dense") if name in row), empty)
     return (
         f"{row['op']:<21}{row['pass']:<18}{row['length']:>7}{cell(row['ms'], 10)}{cell(row['spread_ms'], 9)}"
         f"{cell(row['reference']['ms'], 11)}{cell(row['reference']['ratio'], 7, '.1f')}{cell(peer['ms'], 10)}"

@@ -20,6 +20,7 @@ from spikelm.kernels.delta_rule import (
 )
 from spikelm.kernels.egru import egru, egru_step
 from spikelm.kernels.egru_reference import egru_reference
+from spikelm.kernels.event_linear import event_linear, event_linear_reference
 from spikelm.kernels.gla import gla, gla_reference, gla_step
 from spikelm.kernels.lif import lif, lif_step
 from spikelm.kernels.lif_reference import lif_reference
@@ -28,6 +29,7 @@ from spikelm.kernels.scan import scan, scan_reference, scan_step
 from spikelm.kernels.simple_gla import simple_gla, simple_gla_reference, simple_gla_step
 from spikelm.kernels.spike_encode import spike_encode, spike_encode_reference
 from spikelm.kernels.spike_train import expand, expand_reference
+from spikelm.kernels.weight_rows import GROUP, Rows, pack_rows
 from spikelm.kernels.window_linear import window_linear, window_linear_step
 from spikelm.kernels.window_linear_reference import window_linear_reference
 from spikelm.kernels.window_linear_state import WindowState
@@ -175,6 +177,39 @@ def _fla_wkv(module: Any) -> Callable[[Tensor, Tensor, Tensor, Tensor], Any]:
     return run
 
 
+def _events(silent: float) -> Op:
+    """Counts with a share of zeros times int8 weights [4 C, C]; its peer is the same engine reading all weights.
+
+    A token of a decoder: `--batch 1 --length 1`, and channels for which three sets of weights leave the cache.
+    """
+
+    def make(s: Sizes, draw: Callable[..., Tensor]) -> list[Tensor]:
+        size = draw(s.batch, s.length, s.channels)
+        counts = size.sign() * (3.0 * size.abs()).ceil()
+        zero = draw(*size.shape).abs() < 2**0.5 * torch.erfinv(torch.tensor(silent))  # a share of a normal variable
+        rows = pack_rows(draw(4 * s.channels, s.channels), "int8")
+        return [counts.masked_fill(zero, 0.0), draw(s.batch, s.length, 1).abs() + 0.1, rows.data, rows.scales]
+
+    def with_rows(function: Callable[..., Tensor], **options: bool) -> Callable[..., Tensor]:
+        def run(counts: Tensor, threshold: Tensor, data: Tensor, scales: Tensor) -> Tensor:
+            rows = Rows("int8", data, scales, GROUP, *data.shape)
+            return function(counts, rows, threshold=threshold, **options)
+
+        return run
+
+    return Op(
+        make,
+        with_rows(event_linear),
+        with_rows(event_linear_reference),
+        lambda s: 8.0 * s.batch * s.length * s.channels**2 * (1.0 - silent),
+        with_rows(event_linear),
+        differentiable=False,
+        narrow=0,
+        parameters=2,
+        peers={"dense": ("spikelm.kernels.event_linear", lambda m: with_rows(m.event_linear, dense=True))},
+    )
+
+
 OPS: dict[str, Op] = {
     "gla": Op(
         _attention_inputs(True),
@@ -298,4 +333,6 @@ OPS: dict[str, Op] = {
         lambda s: 9.0 * s.batch * s.length * s.channels,
         differentiable=False,
     ),
+    "event_linear": _events(0.7),
+    **{f"event_linear_{percent}": _events(percent / 100) for percent in (0, 20, 40, 60, 80, 95)},
 }

@@ -65,7 +65,7 @@ class Table:
         calibration_tokens: for dead zones and controls.
         k: counts per mean magnitude, of all spiking rows.
         silence: silent shares `share`, and the tokens to `distill` on, if any.
-        linear: `layers`, `mixers` (name of a row -> mixer), `window`, and tokens to `transfer` and `distill` on.
+        linear: `layers`, `mixers` (name of a row -> mixer), `window`, `sinks`; tokens to `transfer` and `distill` on.
         distill: fields of the recipe: `window`, `batch` and `micro_batch` for `silence` and `linear`; `training`.
     """
 
@@ -159,7 +159,7 @@ class Builder:
             self.out / "models" / f"{name}-transferred",
             mixers=mixers,
             window=plan["window"],
-            sinks=0,
+            sinks=plan["sinks"],
             sites="none",
             transfer_tokens=plan["transfer"],
             transfer_text=self._training_ids(plan["transfer"]),
@@ -199,6 +199,7 @@ class Builder:
             "data": {"sources": sources, "window": own.pop("window"), "heldout": list(self.table.texts.values())},
             "tokens": tokens,
             "checkpoints": max(tokens // 4, 1),
+            "heldout_tokens": 2 * self.table.window,
             "training": self.table.distill["training"],
             **own,
         }

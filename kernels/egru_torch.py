@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from spikelm.kernels.event_linear import event_linear
-from spikelm.kernels.rows import Rows as ByInput
 from spikelm.kernels.segments import Segments
+from spikelm.kernels.weight_rows import Rows as ByInput
 
 # Of one tensor of H channels: a dozen of them are in use, and three times as wide ones.
 _CACHED_ELEMENTS = 1 << 15

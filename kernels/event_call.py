@@ -20,8 +20,8 @@ from torch import Tensor
 
 from spikelm.kernels import event_linear_cpp
 from spikelm.kernels.event_linear import event_linear, spike_linear, table_linear
-from spikelm.kernels.rows import Rows, Table
 from spikelm.kernels.runtime import expect
+from spikelm.kernels.weight_rows import Rows, Table
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ class EventCall:
             max_count=code.max_count,
             dense=self.dense,
         )
-        self.counts.copy_(counts)
-        self.threshold.copy_(threshold)
+        for kept, fresh in ((self.counts, counts), (self.threshold, threshold)):
+            if kept is not None:
+                kept.copy_(fresh)
         return y
 
     def _check(self) -> None:

@@ -1,4 +1,4 @@
-// Vectors, and how the formats of rows.py are widened to them. Part of event_linear.cpp.
+// Vectors, and how the formats of weight_rows.py are widened to them. Part of event_linear.cpp.
 
 #pragma once
 

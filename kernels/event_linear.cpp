@@ -1,5 +1,5 @@
 // Event products on the CPU in float32, one call for all that stands around them: event_linear.py and event_call.py hold
-// the equations, rows.py the layouts.
+// the equations, weight_rows.py the layouts.
 //
 // The calling thread makes the values, codes them and lists the events; then the threads share the columns of the
 // weights (event_product.h), so that no sum is split. What one output sums, and in which order, depends neither on the
@@ -91,7 +91,9 @@ void prepare(const Call &c, int64_t first, int64_t batch, Scratch &s) {
     const bool counted = c.k || c.threshold, integers = counted && c.format >= INT16;
     s.stride = size + 2 * LANES;
     s.values.resize(B * s.stride), s.fold.resize(size);
-    double largest = 0.0, more = 0.0;
+    const double code = c.format == INT16 ? 32768.0 : c.format == INT8 ? 256.0 : 16.0, limit = 2147483648.0;
+    double more = 0.0;
+    bool narrow = true;
     for (int64_t b = 0; b < batch; b++) {
         float *v = &s.values[b * s.stride];
         const float *x = c.x + (first + b) * size * (c.gated ? 2 : 1);
@@ -112,14 +114,13 @@ void prepare(const Call &c, int64_t first, int64_t batch, Scratch &s) {
                 total += count;
                 more += count > LARGEST ? count / LARGEST : 0.0;
             }
-            largest = total <= largest ? largest : total;  // NaN stays
+            narrow &= total * code < limit;  // not for NaN
         } else if (counted) {
             const float threshold = c.threshold[first + b];
             for (int64_t i = 0; i < size; i++) v[i] *= threshold;
         }
     }
-    const double code = c.format == INT16 ? 32768.0 : c.format == INT8 ? 256.0 : 16.0, limit = 2147483648.0;
-    s.sums = !integers ? Scratch::VALUES : !(largest * code < limit) ? Scratch::DOUBLE : Scratch::INT32_FITS;
+    s.sums = !integers ? Scratch::VALUES : narrow ? Scratch::INT32_FITS : Scratch::DOUBLE;
     if (BYTES && s.sums == Scratch::INT32_FITS && c.format != INT16 && more < size / 8) s.sums = Scratch::BYTES_FIT;
     s.events.resize(B * (size + size / 8)), s.indices.resize(size + size / 8);
 }

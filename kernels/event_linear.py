@@ -3,15 +3,16 @@
     y[b, o] = bias[o] + sum over i with x[b, i] != 0 of x[b, i] W[o, i]                         values
     y[b, o] = bias[o] + V[b] sum_g scale[g, o] sum over i in g with s[b, i] != 0 of s[b, i] c[i, o]   counts, integer W
 
-x [..., in]   counts s [..., in] with threshold V [..., 1]   y [..., out]   W = `Rows` [in, out]: `rows.py` has the formats
+x [..., in]   counts s [..., in] with threshold V [..., 1]   y [..., out]   W = `Rows` [in, out], see `weight_rows.py`
 
 With counts, integer weights are a true integer product: sums within a group are exact whatever the size of a count
 (int32 where the sum of |s| times the largest code fits, else float64, exact to 2^53), and scaled once per group. With
 floating-point weights, or values, sums are float32 (float64 for float64 inputs). The order of a sum depends neither on
 the number of threads nor on the other rows of a batch.
 
-`spike_linear` is `spike_encode` and `event_linear` in one pass. `dense=True` takes all inputs, silent or not: the same engine without its switch, for comparison and for inputs that
-are hardly ever silent. `table_linear` is the dense product with a `Table`, the output head.
+`dense=True` takes all inputs, silent or not: the same engine without its switch, for comparison and for inputs that
+are hardly ever silent. `spike_linear` is `spike_encode` and `event_linear` in one pass. `table_linear` is the dense
+product with a `Table`, the output head.
 
 Inference only: nothing here carries gradients, and inputs that ask for them are refused.
 """
@@ -21,10 +22,10 @@ from torch import Tensor
 
 from spikelm.kernels import event_linear_cpp, event_linear_torch
 from spikelm.kernels.event_linear_torch import FEW
-from spikelm.kernels.rows import Rows, Table, codes_of, unpack
 from spikelm.kernels.runtime import check_floating, contiguous, expect, use_triton, wide_dtype, without_autocast
 from spikelm.kernels.spike_encode import _check as _check_code
 from spikelm.kernels.spike_encode import _on_triton, spike_encode_reference
+from spikelm.kernels.weight_rows import Rows, Table, codes_of, unpack
 
 
 def event_linear(
@@ -46,8 +47,7 @@ def event_linear(
         ValueError: shapes that do not fit, or a gradient that would be lost.
     """
     _check("event_linear", x, rows, bias, threshold)
-    flat, counts = x.reshape(-1, rows.inputs), threshold is not None
-    threshold = threshold.reshape(-1, 1) if counts else None
+    flat, threshold = x.reshape(-1, rows.inputs), None if threshold is None else threshold.reshape(-1, 1)
     y = _event_linear(
         flat, threshold, rows.data, rows.scales, bias, rows.format, rows.group, rows.inputs, rows.outputs, dense
     )

@@ -1,6 +1,7 @@
 """The event product on the CPU through `event_linear.cpp`, in float32: any number of rows, meant for few."""
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from spikelm.kernels import cpp
 from spikelm.kernels.chain import Compiled
 from spikelm.kernels.event_linear_torch import FEW
-from spikelm.kernels.rows import Rows, Table
+from spikelm.kernels.weight_rows import Rows, Table
 
 if TYPE_CHECKING:
     from spikelm.kernels.event_call import EventCall
@@ -30,6 +31,13 @@ def library() -> ctypes.CDLL | None:
     return cpp.library("event_linear", "-fopenmp")
 
 
+def _function() -> Callable[..., None]:
+    """The compiled entry; only where `takes` has said that it is there."""
+    compiled = library()
+    assert compiled is not None
+    return compiled.event_linear
+
+
 def takes(x: Tensor, weights: Rows | Table) -> bool:
     """Whether the compiled file computes on x [B, in]: float32 or narrower, on the CPU, few rows."""
     return (
@@ -41,12 +49,14 @@ def takes(x: Tensor, weights: Rows | Table) -> bool:
     )
 
 
-def event_linear(x: Tensor, threshold: Tensor | None, weights: Rows | Table, bias: Tensor | None, dense: bool) -> Tensor:
+def event_linear(
+    x: Tensor, threshold: Tensor | None, weights: Rows | Table, bias: Tensor | None, dense: bool
+) -> Tensor:
     """x [B, in], counts if there is a threshold [B, 1] -> y [B, out] float32. A table's product is dense."""
     x = x.float()
     y = x.new_empty(x.shape[0], weights.outputs)
     call, _alive = _describe(weights, x, y, {"bias": bias, "threshold": threshold}, {"dense": dense})
-    library().event_linear(ctypes.byref(call), torch.get_num_threads())
+    _function()(ctypes.byref(call), torch.get_num_threads())
     return y
 
 
@@ -67,7 +77,7 @@ def spike_linear(
     zones = 0 if dead_zone is None else dead_zone.numel()
     options = {"dense": dense, "zones": zones, "max_count": max_count or 0}
     call, _alive = _describe(rows, x, y, parts, options)
-    library().event_linear(ctypes.byref(call), torch.get_num_threads())
+    _function()(ctypes.byref(call), torch.get_num_threads())
     return y, counts, threshold
 
 
@@ -84,7 +94,7 @@ def prepare(call: "EventCall") -> Compiled | None:
         parts |= {"k": code.k, "zone": code.dead_zone, "magnitude": code.magnitude}
         zones = 0 if code.dead_zone is None else code.dead_zone.numel()
         options |= {"zones": zones, "max_count": code.max_count or 0, "rectify": code.rectify}
-    return Compiled(library().event_linear, *_describe(call.weights, call.x, call.y, parts, options))
+    return Compiled(_function(), *_describe(call.weights, call.x, call.y, parts, options))
 
 
 def _describe(

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spikelm.kernels.rows import Rows, Table, unpack, unpacked_halves
 from spikelm.kernels.runtime import wide_dtype
+from spikelm.kernels.weight_rows import Rows, Table, unpack, unpacked_halves
 
 FEW = 8  # rows of a batch; of more, hardly an input is silent in all
 _WIDENED = 4096  # outputs
@@ -43,7 +43,8 @@ def _bags(v: Tensor, data: Tensor) -> Tensor:
     """Sum of the rows of data [in, out] that v [B, in] uses, times v."""
     if v.shape[0] == 1:
         events = v[0].nonzero().squeeze(1)
-        return F.embedding_bag(events[None], data, mode="sum", per_sample_weights=v[0, events][None])
+        start = torch.zeros(1, dtype=torch.int64, device=v.device)
+        return F.embedding_bag(events, data, start, mode="sum", per_sample_weights=v[0, events])
     batch, events = v.nonzero().unbind(1)
     offsets = torch.searchsorted(batch, torch.arange(v.shape[0], device=v.device))
     return F.embedding_bag(events, data, offsets, mode="sum", per_sample_weights=v[batch, events])

@@ -1,9 +1,9 @@
 """Triton kernels of the event product: split over inputs, then summed, without atomics.
 
-A program of the first kernel takes some columns of the weights and a run of blocks of inputs. It codes its inputs, reads
-the rows of those that are not silent in the whole batch, widens them in registers, and writes its part of the sums; the
-second kernel adds the parts in their order. What is launched depends on shapes alone and nothing waits for the device,
-so a CUDA graph can hold both. Blocks of inputs never cross a group, so that sums of counts times codes stay integers.
+A program of the first kernel takes some columns of the weights and a run of blocks of inputs. It codes its inputs,
+reads the rows of those that are not silent in the whole batch, widens them in registers, and writes its part of the
+sums; the second kernel adds the parts in their order. What is launched depends on shapes alone and nothing waits for
+the device, so a CUDA graph can hold both. Blocks of inputs never cross a group: counts times codes stay integers.
 """
 
 import torch
@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikelm.kernels.rows import LARGEST_CODE, Rows
 from spikelm.kernels.runtime import contiguous
 from spikelm.kernels.spike_encode_triton import _constants, _counts, _level, _saturate
 from spikelm.kernels.triton_tools import next_power_of_two
+from spikelm.kernels.weight_rows import LARGEST_CODE, Rows
 
 _PROGRAMS = 512  # in flight: a few for each multiprocessor of a large GPU
 
@@ -37,7 +37,8 @@ def _sum(v, w, limit, INTEGERS: tl.constexpr):
 
 @triton.jit
 def event_sums_kernel(
-    x, counts, thresholds, k, zone, magnitude, data, scales, parts, K, N, OUT, limit, max_count, group, per_group, per_program,
+    x, counts, thresholds, k, zone, magnitude, data, scales, parts,
+    K, N, OUT, limit, max_count, group, per_group, per_program,
     CODED: tl.constexpr, ZONE: tl.constexpr, STORED: tl.constexpr, CLIP: tl.constexpr, COUNTED: tl.constexpr,
     DENSE: tl.constexpr, SCALED: tl.constexpr, HALVES: tl.constexpr,
     BATCH: tl.constexpr, B: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, P: tl.constexpr, LEVELS: tl.constexpr,
@@ -154,8 +155,8 @@ def _launch(
     y = x.new_empty(batch, outputs, dtype=torch.float32)
     if not y.numel():
         return y
-    size = next_power_of_two(batch, 1)
-    tile = {"B": size, "BK": 32 if size < 8 else 16, "BN": 128, "num_warps": 4 if size < 4 else 8}
+    size, halves = next_power_of_two(batch, 1), rows.format == "int4"
+    tile = {"B": size, "BK": 32 if size < 8 else 16, "BN": 64 if halves else 128, "num_warps": 4 if size < 2 else 8}
     group = inputs if rows.scales is None else rows.group
     per_group, across = triton.cdiv(group, tile["BK"]), triton.cdiv(columns, tile["BN"])
     blocks = triton.cdiv(inputs, group) * per_group
@@ -167,7 +168,7 @@ def _launch(
     event_sums_kernel[(across, splits)](
         x, counts, threshold, *parameters, rows.data, rows.scales, parts,
         inputs, columns, outputs, limit, max_count, group, per_group, per_program,
-        DENSE=dense, SCALED=rows.scales is not None, HALVES=rows.format == "int4", BATCH=batch,
+        DENSE=dense, SCALED=rows.scales is not None, HALVES=halves, BATCH=batch,
         P=width, LEVELS=width.bit_length() - 1, **flags, **tile,
     )  # fmt: skip
     event_total_kernel[(triton.cdiv(outputs, 128), batch)](

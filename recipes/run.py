@@ -3,6 +3,7 @@
 out/settings.json     what the run was started with
 out/checkpoints/      see `checkpoints.py`
 out/model/            the trained model: weights, tokenizer, generation config
+out/adapter/          with `lora`: what makes the trained model of its base, see `spikelm.adapters`
 out/report.json       written last: losses, speed, versions; a run that has it is finished
 """
 
@@ -21,7 +22,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
@@ -37,7 +38,10 @@ from spikelm import SpikeLMConfig, SpikeLMForCausalLM
 from spikelm.conversion.checkpoints import reason
 from spikelm.loading import load_model
 from spikelm.recipes.checkpoints import UNWRITABLE, sync_all, write_whole
+from spikelm.recipes.data import Data, DataSettings, load_data
+from spikelm.recipes.lora import Lora
 from spikelm.recipes.settings import Settings
+from spikelm.recipes.spikes import spike_callbacks
 from spikelm.recipes.trainer import Bounded, RecipeTrainer
 
 MISTAKES = (ValueError, OSError, FloatingPointError, StrictDataclassError)
@@ -51,7 +55,7 @@ def run(
     settings: Settings,
     trainer_class: Callable[..., RecipeTrainer] = RecipeTrainer,
     prepare: Callable[[PreTrainedModel, Any, Settings], Any] | None = None,
-    data: Callable[[Settings, Any], Any] | None = None,
+    data: Callable[[Settings, Any], Data] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train as the settings say; returns the report.
@@ -76,11 +80,15 @@ def run(
         _say(f"{out} is finished: {report['steps']} steps, {report['tokens']} tokens. For another run, change `out`.")
         return report
     arguments = training_arguments(settings)
+    callbacks = [*callbacks, *spike_callbacks(settings.spikes)]
+    lora = None if settings.lora is None else Lora.of(settings.lora)
     main = PartialState().is_main_process
     set_seed(settings.seed)
     model, tokenizer = load(settings)
     if prepare is not None:
         model = prepare(model, tokenizer, settings)
+    if lora is not None:
+        model = lora.added_to(model)
     use_cache = model.config.use_cache
     texts = (data or _texts)(settings, tokenizer)
     items = settings.steps * settings.batch
@@ -95,10 +103,10 @@ def run(
         model=model,
         args=arguments,
         train_dataset=train,
-        eval_dataset=texts.heldout,
+        eval_dataset=_spread(texts.heldout, settings),
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=list(callbacks),
+        callbacks=callbacks,
     )
     model.config.use_cache = use_cache  # Trainer has switched it off, also for whoever loads what it saves
     if main:
@@ -136,9 +144,17 @@ def _tokenizer(name: str) -> Any:
         raise ValueError(f"tokenizer {name} cannot be read: {reason(error)}") from error
 
 
-def _texts(settings: Settings, tokenizer: Any) -> Any:
-    from spikelm.recipes.data import DataSettings, load_data
+def _spread(heldout: Any, settings: Settings) -> Any:
+    """The held-out windows that a checkpoint is measured on."""
+    if heldout is None or settings.heldout_tokens is None:
+        return heldout
+    count = max(1, settings.heldout_tokens // settings.window)
+    if count >= len(heldout):
+        return heldout
+    return Subset(heldout, torch.linspace(0, len(heldout) - 1, count).round().long().tolist())
 
+
+def _texts(settings: Settings, tokenizer: Any) -> Data:
     return load_data(DataSettings.of(settings.data), tokenizer, settings.seed)
 
 
@@ -146,7 +162,11 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     """Trainer's arguments that the settings amount to. Raises ValueError for what does not fit."""
     save = max(1, settings.checkpoints // settings.step_tokens)
     processes = int(os.environ.get("WORLD_SIZE", 1))  # asked for before the processes have met
-    given = {"logging_steps": max(1, settings.steps // 100), "dataloader_pin_memory": torch.cuda.is_available()}
+    given = {
+        "logging_steps": max(1, settings.steps // 100),
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
     arguments = TrainingArguments(
         **(given | settings.training),
         output_dir=settings.out,

@@ -58,9 +58,13 @@ class Settings:
         data: fields of `DataSettings`, `window` (tokens of a window) among them.
         tokens: budget of the whole run, in tokens of input. batch: windows of a step, over all processes.
         micro_batch: windows of a forward pass on one process. checkpoints: tokens between two checkpoints.
+        heldout_tokens: how many held-out tokens a checkpoint is measured on, in windows spread over all of them. None:
+            all of them.
         model: a model folder, a hub id or a `.gguf` file to go on from. tokenizer: to train from nothing instead: a
             folder, a hub id, or `bytes` (a token is a byte).
         config: fields of `SpikeLMConfig`; beside `model`, those that replace its own.
+        spikes: how spikes come into the model, see `spikes.py`.
+        lora: fields of `Lora`: adapters are trained in place of the weights, and written to `out/adapter` as well.
         seed: of initial values, data order, dropout and noise.
         training: further fields of transformers' `TrainingArguments`.
     """
@@ -71,9 +75,12 @@ class Settings:
     batch: int
     micro_batch: int
     checkpoints: int
+    heldout_tokens: int | None = None
     model: str | None = None
     tokenizer: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    spikes: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
     seed: int = 0
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -81,6 +88,8 @@ class Settings:
         for name in ("tokens", "batch", "micro_batch", "checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.heldout_tokens is not None and self.heldout_tokens < 1:
+            raise ValueError(f"heldout_tokens must be at least 1; got {self.heldout_tokens}.")
         if (self.model is None) == (self.tokenizer is None):
             raise ValueError(
                 "give either `model`, to go on from it, or `tokenizer` and `config`, to train from nothing."

@@ -14,6 +14,7 @@ half summed up when it is written, and a run that goes on from it logs what an u
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,9 @@ from spikelm import SpikeLMForCausalLM, SpikeStatistics, spike_groups
 from spikelm.conversion.sources import quiet
 from spikelm.kernels.linear_loss import linear_cross_entropy
 from spikelm.recipes.checkpoints import UNWRITABLE, Checkpoints
+from spikelm.recipes.lora import export_adapter
+from spikelm.recipes.sharding import ShardedTrainer
+from spikelm.spiking.rate import RateRegulariser
 
 IGNORED = -100
 STREAM = "stream.json"
@@ -46,7 +50,7 @@ class MatrixDecayTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
 
-class RecipeTrainer(MatrixDecayTrainer):
+class RecipeTrainer(ShardedTrainer, MatrixDecayTrainer):
     """Trains on windows of tokens. A recipe overrides `token_losses`, and `export` if its result is no plain model.
 
     Attributes:
@@ -58,6 +62,8 @@ class RecipeTrainer(MatrixDecayTrainer):
 
     def __init__(self, *, settings: Any, **kwargs: Any):
         super().__init__(**kwargs)
+        if settings.lora is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("lora needs whole parameters in every process: use DDP, or leave it out.")
         self.settings = settings
         self.checkpoints = Checkpoints(Path(settings.out) / "checkpoints")
         self.progress = Progress(self)
@@ -115,6 +121,9 @@ class RecipeTrainer(MatrixDecayTrainer):
         """All terms over the tokens of the step, times the number of processes."""
         with self._watching():
             terms = self.token_losses(model, inputs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RateRegulariser):
+                terms |= callback.loss_terms(shifted(inputs["labels"]) != IGNORED)
         # Each divided in its own precision: 1 / N would be float32.
         terms = {name: term * self.accelerator.num_processes / num_items_in_batch for name, term in terms.items()}
         for name, term in terms.items():
@@ -198,15 +207,20 @@ class RecipeTrainer(MatrixDecayTrainer):
             self.train()
             return 0
         folder = self.checkpoints.path(steps[-1])
+        self.check_layout(folder)
+        if self.args.should_save:
+            print(f"Going on from step {steps[-1]} of {self.args.max_steps}.", file=sys.stderr, flush=True)
         if isinstance(self.train_dataset, Bounded):
             self.train_dataset.resume((folder / STREAM).read_text())
         self.train(resume_from_checkpoint=str(folder))
         return steps[-1]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # What is tied is stored once. Anything else that lacks would be trained on from its initial value.
-        tied = set(getattr(self.inner, "all_tied_weights_keys", None) or ())
-        if wrong := sorted({*load_result.missing_keys} - tied) + sorted(load_result.unexpected_keys):
+        # What is tied is stored once, and what an adapter leaves frozen not at all. Anything else that lacks would be
+        # trained on from its initial value.
+        absent = {*(getattr(self.inner, "all_tied_weights_keys", None) or ())}
+        absent |= {*(getattr(self.inner, "_keys_to_ignore_on_save", None) or ())}
+        if wrong := sorted({*load_result.missing_keys} - absent) + sorted(load_result.unexpected_keys):
             raise ValueError(f"The checkpoint is of another model: {', '.join(wrong[:4])} are not in both.")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -214,8 +228,9 @@ class RecipeTrainer(MatrixDecayTrainer):
         folder = self.checkpoints.staging(step)
         try:
             self.store_flos()
-            with quiet():
-                self.save_model(str(folder), _internal_call=True)
+            if not self.is_split:
+                with quiet():
+                    self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
@@ -244,7 +259,9 @@ class RecipeTrainer(MatrixDecayTrainer):
                 setattr(callback, name, value)
 
     def export(self, folder: str) -> None:
-        """Write the trained model as a complete model folder."""
+        """Write the trained model as a complete model folder; an adapter is written by itself, then merged."""
+        if self.settings.lora is not None:
+            export_adapter(self.inner, self.settings, write=self.args.should_save)
         with quiet():
             self.save_model(folder, _internal_call=True)
 

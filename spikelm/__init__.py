@@ -18,6 +18,7 @@ from transformers import (  # noqa: E402
 )
 
 from spikelm import presets  # noqa: E402
+from spikelm.adapters import load_adapter  # noqa: E402
 from spikelm.cache import SpikeCache  # noqa: E402
 from spikelm.configuration import SpikeLMConfig  # noqa: E402
 from spikelm.conversion.convert import convert  # noqa: E402
@@ -49,6 +50,7 @@ __all__ = [
     "execute_trains",
     "export_checkpoint",
     "import_checkpoint",
+    "load_adapter",
     "prepare_for_inference",
     "presets",
     "restore_dense",

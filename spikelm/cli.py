@@ -28,7 +28,7 @@ from spikelm.spiking import SpikeStatistics, execute_trains, spike_groups
 from spikelm.validation import PACKED_WEIGHTS
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
-RECIPES = ("pretrain", "extend_context", "sft")
+RECIPES = ("pretrain", "distill", "extend_context", "sft")
 QUICKSTART_PROMPT = "What is a spiking neural network? Answer in two sentences."
 
 _execute = click.option(

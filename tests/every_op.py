@@ -79,9 +79,9 @@ def window_linear(leaf, width):
 
 def event_linear(leaf, width):
     from spikelm.kernels.event_linear import event_linear, spike_linear
-    from spikelm.kernels.rows import pack_rows
+    from spikelm.kernels.weight_rows import pack_rows
 
-    for batch, format in ((1, "fp32"), (1, "bf16"), (8, "int16"), (8, "int8"), (2, "int4")):
+    for batch, format in ((1, "fp32"), (1, "bf16"), (2, "int16"), (4, "int8"), (8, "int4")):
         x, rows = leaf(batch, width).detach(), pack_rows(torch.zeros(3 * width, width), format, 32)
         event_linear(x, rows, threshold=x[:, :1])
         spike_linear(x, rows, 3.0, leaf(3 * width).detach(), dead_zone=0.5, max_count=4)

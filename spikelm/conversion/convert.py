@@ -71,7 +71,7 @@ def convert(
     if plan is not None and choices:
         raise ValueError(f"Give a plan or its choices, not both; got a plan and {', '.join(sorted(choices))}.")
     plan = plan or ConversionPlan.of(**choices)
-    wanted = _dtype(dtype)
+    wanted = spelled_dtype(dtype)
     place = None if out is None else Path(out).expanduser()
     if place is not None:
         check_out(place, overwrite)
@@ -94,7 +94,7 @@ def convert(
     found, learned = None, {}
     if plan.is_measured:
         keep = plan.kept_of(len(replaced))
-        model, _ = _build(opened, family, config, wanted or opened.dtype)
+        model, _ = build(opened, family, config, wanted or opened.dtype)
         _follow(source, model)
         found = search(model, teacher_of(model, own), replaced, keep, **lesson)
         config = plan.decided(found["auto"]["kept"], len(config.mixers)).apply(fields)
@@ -105,7 +105,7 @@ def convert(
     if progress:
         print(plan.describe(config, f"{opened.name} ({family.name})"), file=sys.stderr)
 
-    model, record = _build(opened, family, config, wanted or opened.dtype)
+    model, record = build(opened, family, config, wanted or opened.dtype)
     _follow(source, model)
     record |= {"plan": plan.as_dict(), "search": found, "transfer": None, "calibration": None, "measured": {}}
     record |= {"rotated": [], "notes": opened.notes}
@@ -138,7 +138,7 @@ def _follow(source: Any, model: SpikeLMForCausalLM) -> None:
         model.to(source.device)  # type: ignore[arg-type]
 
 
-def _build(
+def build(
     opened: Source, family: Family, config: SpikeLMConfig, dtype: torch.dtype
 ) -> tuple[SpikeLMForCausalLM, dict[str, Any]]:
     """The model, filled with the source's tensors (which leave `opened`), and the first part of its record."""
@@ -201,7 +201,7 @@ def blank_model(config: SpikeLMConfig) -> SpikeLMForCausalLM:
         raise ValueError(f"The source's configuration does not make a model: {reason(error)}") from error
 
 
-def _dtype(name: str | torch.dtype) -> torch.dtype | None:
+def spelled_dtype(name: str | torch.dtype) -> torch.dtype | None:
     """The dtype meant by an argument; None for "auto"."""
     if name == "auto":
         return None

@@ -12,7 +12,7 @@ from spikelm.conversion.families import EMBEDDING, HEAD, OUTER, Family
 _LAYER_KEY = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 # Rotary tables that old checkpoints carry; they follow from the configuration.
 _DERIVED_KEY = re.compile(r"model(\.layers\.\d+\.self_attn)?\.rotary_emb\.(original_)?inv_freq")
-_SITE_PATHS = {
+SITE_PATHS = {
     "qkv": "mixer.qkv_site",
     "o": "mixer.o_site",
     "gate_up": "ffn.gate_up_site",
@@ -38,7 +38,7 @@ def new_parameters(config: SpikeLMConfig) -> set[str]:
     names: set[str] = set()
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
-        names |= {f"{layer}.{_SITE_PATHS[site]}.{t}" for site in config.sites_at(i) for t in site_tensors}
+        names |= {f"{layer}.{SITE_PATHS[site]}.{t}" for site in config.sites_at(i) for t in site_tensors}
         mixers = config.mixers[i].split("+")
         names |= {f"{layer}.mixer.{mixer}.{tensor}" for mixer in mixers for tensor in _NEW.get(mixer, ())}
         if "gla" in mixers and config.at("gla_gate", i) == "low_rank":

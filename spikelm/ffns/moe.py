@@ -40,6 +40,6 @@ class MixtureFFN(nn.Module):
                 # Padding is left out here, so the experts need no context to leave it out of their statistics.
                 share = (shares * mine).sum(-1)[rows]
                 out = out.index_put(
-                    (rows.nonzero(as_tuple=True)), share[:, None].to(x.dtype) * expert(x[rows], None), True
+                    (rows.nonzero(as_tuple=True)), share[:, None].to(out.dtype) * expert(x[rows], None), True
                 )
         return out

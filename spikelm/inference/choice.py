@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spikelm.conversion.smollm import cache_folder
 from spikelm.kernels.event_linear import event_linear
-from spikelm.kernels.rows import LARGEST_CODE, Rows
+from spikelm.kernels.weight_rows import LARGEST_CODE, Rows
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.85, 1.0)  # active inputs
 BATCHES = (1, 2, 4, 8)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spikelm.kernels.event_call import EventCall
 from spikelm.kernels.event_linear import event_linear, table_linear
-from spikelm.kernels.rows import Rows, Table, lookup, unpack
+from spikelm.kernels.weight_rows import Rows, Table, lookup, unpack
 from spikelm.precision import KeepsDtype
 from spikelm.spiking.site import Site
 
@@ -24,7 +24,7 @@ EVENT_ROWS = 8
 
 
 class StoredWeights(KeepsDtype):
-    """Weights in one of `spikelm.kernels.rows`' formats as the buffers `data` and `scales`, and a `bias`."""
+    """Weights in one of `spikelm.kernels.weight_rows`' formats as the buffers `data` and `scales`, and a `bias`."""
 
     def __init__(self, packed: Rows | Table, bias: Tensor | None):
         super().__init__()

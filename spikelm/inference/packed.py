@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from spikelm.conversion.checkpoints import read_checkpoint, read_json, write_checkpoint
 from spikelm.inference.linears import StoredWeights
 from spikelm.inference.prepare import Prepared, finish, install_group, install_tables, linear_groups
-from spikelm.kernels.rows import FLOATS, GROUP, LARGEST_CODE, Rows, Table
+from spikelm.kernels.weight_rows import FLOATS, GROUP, LARGEST_CODE, Rows, Table
 from spikelm.rotary import make_rotaries
 
 

@@ -19,8 +19,8 @@ from spikelm.grid import codes_of
 from spikelm.inference.choice import limits, most_active
 from spikelm.inference.decoder import plain_runs
 from spikelm.inference.linears import EventProduct, Reader, StoredEmbedding, StoredHead, StoredWeights
-from spikelm.kernels.rows import GROUP, LARGEST_CODE, Rows, pack_rows, pack_table, rows_of_codes
 from spikelm.kernels.runtime import expect
+from spikelm.kernels.weight_rows import GROUP, LARGEST_CODE, Rows, pack_rows, pack_table, rows_of_codes
 from spikelm.spiking.site import Site
 from spikelm.validation import PACKED_WEIGHTS
 

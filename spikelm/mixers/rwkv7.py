@@ -141,7 +141,7 @@ class RWKV7(Stateful, nn.Module):
             context.values[FIRST_VALUE] = v
             return v
         share = torch.sigmoid(self.channels.value.to(x.dtype) + self.value(x))
-        return torch.lerp(v, context.values[FIRST_VALUE], share)
+        return torch.lerp(v, context.values[FIRST_VALUE], share.to(v.dtype))
 
     def _recur(
         self, r: Tensor, w: Tensor, k: Tensor, v: Tensor, erased: Tensor, rate: Tensor, context: "ForwardContext"

@@ -183,5 +183,10 @@ def spike_groups(model: nn.Module) -> Iterator[SpikeGroup]:
         for site_name, readers in getattr(module, "site_readers", {}).items():
             site = module.get_submodule(site_name)
             if isinstance(site, Site):
-                linears = {name: module.get_submodule(name) for name in readers}
+                linears = {name: _plain(module.get_submodule(name)) for name in readers}
                 yield SpikeGroup(f"{path}.{site_name}", site, linears)  # type: ignore[arg-type]
+
+
+def _plain(linear: nn.Module) -> nn.Module:
+    """The linear itself, without the low-rank pair that an adapter puts beside it."""
+    return getattr(linear, "base_layer", linear)

@@ -9,7 +9,7 @@ from small_models import SITES, small_model
 from spikelm import prepare_for_inference
 from spikelm.inference import choice
 from spikelm.inference.linears import EventProduct
-from spikelm.kernels.rows import pack_rows
+from spikelm.kernels.weight_rows import pack_rows
 
 
 class Machine:

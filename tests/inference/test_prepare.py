@@ -12,7 +12,7 @@ from spikelm.cache import CACHE_NAME
 from spikelm.grid import on_grid
 from spikelm.inference.linears import EventProduct, Reader
 from spikelm.inference.prepare import set_events
-from spikelm.kernels.rows import LARGEST_CODE
+from spikelm.kernels.weight_rows import LARGEST_CODE
 
 EXACT = 1e-9
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -1,4 +1,6 @@
-"""Timestep reduction: when, what it sets, and what a model then computes."""
+"""Annealing and timestep reduction: when, what they set, and what a model then computes."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 from small_models import SITES, small_model
 from spikelm import SpikeLMForCausalLM
 from spikelm.spiking import execute_trains, spike_groups
-from spikelm.spiking.schedule import HALVING, CountReduction, count_at, limit_counts
+from spikelm.spiking.schedule import HALVING, CodeAnnealing, CountReduction, count_at, limit_counts, ramp
 
 
 def test_stages_are_of_equal_length():
@@ -68,3 +70,46 @@ def test_a_trainer_goes_through_the_stages(tmp_path):
     data = [{"input_ids": row, "labels": row}] * 6
     Trainer(model, arguments, train_dataset=data, callbacks=[CountReduction((4, 2, 1))]).train()
     assert seen == [4, 4, 2, 2, 1, 1] and model.config.spike_max_count == 1
+
+
+def test_a_ramp_is_a_function_of_the_step():
+    assert [ramp(step, 8, 0.5) for step in range(9)] == [0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    assert ramp(7, 8, 1.0) == 7 / 8 and ramp(8, 8, 1.0) == 1
+    for over in (0.0, -1.0, 1.5):
+        with pytest.raises(ValueError, match="over must be"):
+            ramp(0, 8, over)
+
+
+@pytest.mark.parametrize("neuron", ["none", "lif", "dsn"])
+def test_annealed_sites_mix_input_and_code_in_training_only(neuron):
+    model = small_model(spike_sites=SITES, spike_neuron=neuron, spike_code="ternary").train()
+    site, x = model.model.layers[0].ffn.down_site, torch.randn(2, 5, 48, dtype=torch.float64, requires_grad=True)
+    code = site(x).detach()
+    annealing, state = CodeAnnealing(over=0.5), SimpleNamespace(global_step=0, max_steps=8)
+    annealing.on_train_begin(None, state, None, model=model)
+    for step in (0, 1, 2, 4, 8):
+        state.global_step = step
+        annealing.on_step_end(None, state, None)
+        a = min(1.0, step / 4)
+        assert (site(x) - ((1 - a) * x + a * code)).abs().max() < 1e-12
+        assert torch.equal(site.eval()(x), code)
+        site.train()
+    assert torch.equal(site(x), code)
+    annealing.on_train_end(None, state, None)
+    assert not site._forward_hooks
+
+
+def test_the_gradient_of_a_mixture_is_that_of_its_parts():
+    model = small_model(spike_sites=SITES, spike_max_count=2).train()
+    site, annealing = model.model.layers[0].mixer.o_site, CodeAnnealing(over=1.0)
+    annealing.on_train_begin(None, SimpleNamespace(global_step=3, max_steps=8), None, model=model)
+    x, dy = torch.randn(4, 32, dtype=torch.float64, requires_grad=True), torch.randn(4, 32, dtype=torch.float64)
+    (mixed,) = torch.autograd.grad(site(x), x, dy)
+    annealing.on_train_end(None, None, None)
+    (coded,) = torch.autograd.grad(site(x), x, dy)
+    assert (coded == 0).any() and (mixed - (5 / 8 * dy + 3 / 8 * coded)).abs().max() < 1e-12
+
+
+def test_a_model_without_sites_is_not_annealed():
+    with pytest.raises(ValueError, match="no spike sites to anneal"):
+        CodeAnnealing().on_train_begin(None, SimpleNamespace(global_step=0, max_steps=8), None, model=small_model())
