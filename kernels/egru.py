@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from spikelm.kernels import egru_cpp, egru_torch
+from spikelm.kernels.event_linear_torch import FEW
 from spikelm.kernels.runtime import (
     check_cu_seqlens,
     check_floating,
@@ -117,7 +118,8 @@ def egru_step(
 ) -> tuple[Tensor, Tensor]:
     """One token of `egru` for decoding: a [B, 3H], state [B, 2, H] -> y [B, H], new state in the dtype of `state`.
 
-    Without gradients; the other arguments are those of `egru`.
+    Without gradients; the other arguments are those of `egru`. With one head and the form "evnn" the CPU reads only the
+    rows of `weight` whose unit has an event.
     """
     weight = weight[None] if weight.ndim == 2 else weight
     _check("egru_step", a[:, None] if a.ndim == 2 else a, weight, threshold, form, bias, zoneout, 1.0, state)
@@ -125,7 +127,10 @@ def egru_step(
     wide, shape = wide_dtype(a, weight, threshold, bias, state), (a.shape[0], heads, width)
     c, y = (x.to(wide).view(shape).transpose(0, 1).contiguous() for x in state.unbind(1))  # [heads, B, D]
     rows = a.to(wide).view(a.shape[0], heads, 3 * width).transpose(0, 1)
-    cell = egru_torch.Cell.of(weight.to(wide), bias, threshold, form == "evnn")
+    # A full matrix is large, and silent units need none of their rows; the form "paper" gates its events once more.
+    sparse = form == "evnn" and heads == 1 and a.device.type == "cpu" and a.shape[0] <= FEW
+    kind = egru_torch.EventCell if sparse else egru_torch.Cell
+    cell = kind.of(weight.to(wide), bias, threshold, form == "evnn")
     before = cell.step(rows, c, y, 1.0 - (zoneout or 0.0))
     cell.fire(before, c, y)
     c, y = (x.transpose(0, 1).flatten(1) for x in (c, y))

@@ -17,7 +17,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from spikelm.kernels.event_linear import event_linear
 from spikelm.kernels.segments import Segments
+from spikelm.kernels.weight_rows import Rows as ByInput
 
 # Of one tensor of H channels: a dozen of them are in use, and three times as wide ones.
 _CACHED_ELEMENTS = 1 << 15
@@ -50,7 +52,7 @@ class Cell:
         """State before the reset [heads, n, D] from a [heads, n, 3D], c and y [heads, n, D]."""
         width = y.shape[2]
         if self.evnn:
-            q = torch.baddbmm(self.bias, y, self.weight)
+            q = self.recur(y)
             z, r, q_g = q.split(width, 2)
             q[..., : 2 * width].add_(a[..., : 2 * width]).sigmoid_()
             g = torch.addcmul(a[..., 2 * width :], r, q_g).tanh_()
@@ -64,10 +66,14 @@ class Cell:
             return new
         return torch.lerp(c, new, mask, out=new)
 
+    def recur(self, y: Tensor) -> Tensor:
+        """y R + bias: [heads, n, D] -> [heads, n, 3D]."""
+        return torch.baddbmm(self.bias, y, self.weight)
+
     def products(self, a: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """What the gates of all rows add to a [heads, r, 3D], and what the last block of the weights multiplied."""
         if self.evnn:
-            return torch.baddbmm(self.bias, y, self.weight), y
+            return self.recur(y), y
         q, width = torch.bmm(y, self.weight), y.shape[2]
         seen = torch.sigmoid(a[..., width : 2 * width] + q[..., width : 2 * width]).mul_(y)
         q[..., 2 * width :] = torch.bmm(seen, self.weight[..., 2 * width :])
@@ -81,6 +87,17 @@ class Cell:
         else:
             c.copy_(before)
         y.mul_(before)
+
+
+class EventCell(Cell):
+    """A cell with one head that reads the rows of its weights only where y has an event; for few rows."""
+
+    def recur(self, y: Tensor) -> Tensor:
+        """See `Cell`."""
+        inputs, outputs = self.weight.shape[1:]
+        format = "fp64" if self.weight.dtype == torch.float64 else "fp32"
+        rows = ByInput(format, self.weight[0], None, inputs, inputs, outputs)
+        return event_linear(y[0], rows, self.bias[0, 0])[None]
 
 
 @dataclass

@@ -80,11 +80,11 @@ class EventCall:
         self._check()
         self.counts = None if code is None else x.new_zeros(x.shape[0], weights.inputs)
         self.threshold = None if code is None else x.new_zeros(x.shape[0], 1)
-        self._run = event_linear_cpp.prepare(self) or self._torch
+        self.compiled = event_linear_cpp.prepare(self)
 
     def __call__(self) -> None:
         """Read x, write y."""
-        self._run()
+        (self.compiled or self._torch)()
 
     def _torch(self) -> None:
         v = self.x

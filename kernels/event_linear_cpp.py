@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from spikelm.kernels import cpp
+from spikelm.kernels.chain import Compiled
 from spikelm.kernels.event_linear_torch import FEW
 from spikelm.kernels.weight_rows import Rows, Table
 
@@ -80,7 +81,7 @@ def spike_linear(
     return y, counts, threshold
 
 
-def prepare(call: "EventCall") -> Callable[[], None] | None:
+def prepare(call: "EventCall") -> Compiled | None:
     """What runs a prepared call; None where torch must."""
     if not takes(call.x, call.weights):
         return None
@@ -93,13 +94,7 @@ def prepare(call: "EventCall") -> Callable[[], None] | None:
         parts |= {"k": code.k, "zone": code.dead_zone, "magnitude": code.magnitude}
         zones = 0 if code.dead_zone is None else code.dead_zone.numel()
         options |= {"zones": zones, "max_count": code.max_count or 0, "rectify": code.rectify}
-    described, alive = _describe(call.weights, call.x, call.y, parts, options)
-    run, pointer, threads = _function(), ctypes.byref(described), torch.get_num_threads
-
-    def prepared(_alive=alive) -> None:
-        run(pointer, threads())
-
-    return prepared
+    return Compiled(_function(), *_describe(call.weights, call.x, call.y, parts, options))
 
 
 def _describe(

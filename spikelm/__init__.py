@@ -23,6 +23,7 @@ from spikelm.cache import SpikeCache  # noqa: E402
 from spikelm.configuration import SpikeLMConfig  # noqa: E402
 from spikelm.conversion.convert import convert  # noqa: E402
 from spikelm.conversion.importing import export_checkpoint, import_checkpoint  # noqa: E402
+from spikelm.inference import prepare_for_inference, restore_dense  # noqa: E402
 from spikelm.modeling import (  # noqa: E402
     SpikeLMForCausalLM,
     SpikeLMForSequenceClassification,
@@ -50,6 +51,8 @@ __all__ = [
     "export_checkpoint",
     "import_checkpoint",
     "load_adapter",
+    "prepare_for_inference",
     "presets",
+    "restore_dense",
     "spike_groups",
 ]

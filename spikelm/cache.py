@@ -33,6 +33,19 @@ class StateSpec:
     dtype: torch.dtype | None = None
 
 
+@dataclass(eq=False)
+class Loan:
+    """Growing states of a cache layer that a decoder writes behind without storing every token.
+
+    Attributes:
+        names: of the states. slots: room that is asked for. written: slots that were filled.
+    """
+
+    names: tuple[str, ...]
+    slots: int
+    written: int = 0
+
+
 class Stateful:
     """Mixin for modules that carry named states from one forward pass to the next."""
 
@@ -54,6 +67,12 @@ class Stateful:
         if context.cache is not None:
             context.cache.layers[self.layer_idx].states[f"{self.state_path}.{name}"] = value.detach()
 
+    def extend_state(self, context: "ForwardContext", name: str, value: Tensor) -> Tensor:
+        """A state `[B, H, L, D]` with `value` `[B, H, T, D]` behind it; stored, without copies while room is left."""
+        if context.cache is None:
+            return value
+        return context.cache.layers[self.layer_idx].extend(f"{self.state_path}.{name}", value)
+
 
 class StateLayer(CacheLayerMixin):
     """The states of one decoder layer, by name: `{"mixer.gla.recurrent": [B, H, K, V], ...}`."""
@@ -63,8 +82,20 @@ class StateLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.states: dict[str, Tensor] = {}
+        self._states: dict[str, Tensor] = {}
         self.seen = 0  # slots of text, padding included
+        # Growing states begin a larger buffer: name -> (buffer, the state as it was last stored).
+        self._rooms: dict[str, tuple[Tensor, Tensor]] = {}
+        self._loan: Loan | None = None
+
+    @property
+    def states(self) -> dict[str, Tensor]:
+        """All states by name. A decoder that writes behind some of them loses its loan by this look."""
+        if (loan := self._loan) is not None:
+            self._loan = None
+            for name in loan.names:
+                self.grow(name, loan.written)
+        return self._states
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """States appear when they are first written; there is nothing to do."""
@@ -93,14 +124,67 @@ class StateLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """States stay where they are."""
 
+    def extend(self, name: str, value: Tensor) -> Tensor:
+        """The state `name` `[B, H, L, D]` with `value` behind it, from now on the state."""
+        if name not in self.states:
+            self.states[name] = value.detach()
+            return value
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            joined = torch.cat([self.states[name], value], 2)
+            self.states[name] = joined.detach()
+            return joined
+        length = self.states[name].shape[2]
+        self.reserve(name, value.shape[2])[:, :, length : length + value.shape[2]] = value
+        return self.grow(name, value.shape[2])
+
+    def reserve(self, name: str, more: int) -> Tensor:
+        """A buffer `[B, H, capacity, D]` that the state `name` begins, with room for `more` slots behind it.
+
+        Only a state that this layer grew itself is written behind: one that came from elsewhere, as after loading or
+        reordering, may share its memory, and is copied first.
+        """
+        state = self._states[name]
+        room, stored = self._rooms.get(name, (state, None))
+        length = state.shape[2]
+        if stored is not state or room.shape[2] < length + more:
+            # A quarter more at a time, so that a text of n tokens copies about 4 n slots in all.
+            capacity = -(-(length + more + length // 4) // 64) * 64
+            room = state.new_empty(*state.shape[:2], capacity, state.shape[3])
+            room[:, :, :length] = state
+            self._rooms[name] = room, state
+        return room
+
+    def grow(self, name: str, more: int) -> Tensor:
+        """The state `name` with `more` slots of its buffer, which somebody has written."""
+        room = self._rooms[name][0]
+        state = self._states[name] = room[:, :, : self._states[name].shape[2] + more]
+        self._rooms[name] = room, state
+        return state
+
+    def lend(self, loan: "Loan") -> list[Tensor]:
+        """The buffers of growing states, with room for `loan.slots`, for a decoder that writes behind them by itself.
+
+        It counts `loan.written` up, and may go on as long as `lent_to(loan)`.
+        """
+        self.states  # noqa: B018  # what an earlier loan has written joins the states
+        rooms = [self.reserve(name, loan.slots) for name in loan.names]
+        self._loan = loan
+        return rooms
+
+    def lent_to(self, loan: "Loan") -> bool:
+        """Whether nobody has looked at the states since."""
+        return self._loan is loan
+
     def reset(self) -> None:
         """Forget all states."""
         self.states.clear()
+        self._rooms.clear()
         self.seen = 0
 
     def map_(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every state by `change(state)`."""
-        self.states = {name: change(value) for name, value in self.states.items()}
+        self._states = {name: change(value) for name, value in self.states.items()}
+        self._rooms.clear()
 
 
 class SpikeCache(Cache):
@@ -181,7 +265,7 @@ class SpikeCache(Cache):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on later, as plain tensors and numbers; `torch.save` it."""
-        states = {f"layers.{i}.{n}": t for i, layer in enumerate(self.layers) for n, t in layer.states.items()}
+        states = {f"layers.{i}.{n}": _alone(t) for i, layer in enumerate(self.layers) for n, t in layer.states.items()}
         states |= {f"shared.{n}": t for n, t in self.shared.states.items()}
         return {"states": states, "seen": self.shared.seen, "plain": self.plain}
 
@@ -199,3 +283,8 @@ class SpikeCache(Cache):
                 self.shared.states[rest] = value
         self.plain = saved["plain"]
         self.advance(saved["seen"])
+
+
+def _alone(state: Tensor) -> Tensor:
+    """The state without the room behind it, which saving would write too."""
+    return state if state.untyped_storage().nbytes() == state.nbytes else state.clone()

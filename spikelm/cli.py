@@ -22,8 +22,10 @@ from spikelm.conversion.sources import quiet
 from spikelm.conversion.texts import evaluation_sample
 from spikelm.eval.data import Text, read_texts
 from spikelm.eval.evaluate import evaluate
+from spikelm.inference.prepare import EVENTS, prepare_for_inference, set_events
 from spikelm.loading import load_model
 from spikelm.spiking import SpikeStatistics, execute_trains, spike_groups
+from spikelm.validation import PACKED_WEIGHTS
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 RECIPES = ("pretrain", "distill", "extend_context", "sft")
@@ -36,6 +38,31 @@ _execute = click.option(
     show_default=True,
     help="How spike sites hand on what they code: as counts, or as trains, slot by slot.",
 )
+
+
+def _stored(command: Any) -> Any:
+    """Options of commands that run a model laid out for inference."""
+    weights = click.option(
+        "--weights",
+        type=click.Choice(PACKED_WEIGHTS),
+        help="Lay the weights out for event-driven inference in this format.  [default: as they are]",
+    )
+    events = click.option(
+        "--events",
+        type=click.Choice(EVENTS),
+        help="Whether silent inputs are skipped; needs --weights or packed weights.  [default: auto]",
+    )
+    return weights(events(command))
+
+
+def _lay_out(model: Any, weights: str | None, events: str | None) -> None:
+    """Prepare a model as the options of `_stored` say."""
+    if model.config.model_type != "spikelm" and (weights or events):
+        raise ValueError("--weights and --events are for spikelm models; convert this one first.")
+    if weights is not None:
+        prepare_for_inference(model, weights, events or "auto")
+    elif events is not None:
+        set_events(model, events)
 
 
 def _dtype_option(default: str) -> Any:
@@ -211,11 +238,24 @@ def train() -> None:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
 @click.option("--sample", is_flag=True, help="Sample instead of taking the likeliest token.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@_stored
 @_execute
 @_dtype_option("auto")
-def generate(model: str, prompt: str, max_new_tokens: int, sample: bool, raw: bool, execute: str, dtype: str) -> None:
+def generate(
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    sample: bool,
+    raw: bool,
+    weights: str | None,
+    events: str | None,
+    execute: str,
+    dtype: str,
+) -> None:
     """Stream text from MODEL, and say how silent it was."""
-    network, tokenizer = load_model(model, dtype=DTYPES.get(dtype))
+    # Laid out for inference, activations are fastest in float32.
+    network, tokenizer = load_model(model, dtype=DTYPES.get(dtype, torch.float32 if weights else None))
+    _lay_out(network, weights, events)
     _generate(network, tokenizer, prompt, max_new_tokens, sample, execute, chat=not raw)
 
 
@@ -229,6 +269,7 @@ def generate(model: str, prompt: str, max_new_tokens: int, sample: bool, raw: bo
 @click.option("--controls/--no-controls", default=True, show_default=True, help="Measure the control rows too.")
 @click.option("--curve-tokens", default=2000, show_default=True, help="Tokens of a point of the curve; 0: no curve.")
 @click.option("--calibration-text", type=click.Path(path_type=Path), help="For controls and curve.")
+@_stored
 @_execute
 @_dtype_option("float32")
 def eval_command(
@@ -238,6 +279,8 @@ def eval_command(
     text: tuple[Path, ...],
     calibration_text: Path | None,
     curve_tokens: int,
+    weights: str | None,
+    events: str | None,
     dtype: str,
     **choices: Any,
 ) -> None:
@@ -245,6 +288,7 @@ def eval_command(
     texts = read_texts(text) or [Text("Python reference", evaluation_sample(), "pydoc_data.topics")]
     calibration = read_texts([calibration_text])[0] if calibration_text is not None else None
     network, tokenizer = load_model(model, dtype=DTYPES.get(dtype))
+    _lay_out(network, weights, events)
     source, _ = load_model(baseline, dtype=DTYPES.get(dtype))
     report = evaluate(
         network,
@@ -284,6 +328,47 @@ def bench_kernels(ops: tuple[str, ...], **choices: Any) -> None:
     run(ops=list(ops) or None, **choices)
 
 
+@bench.command("decode")
+@click.argument("model", required=False)
+@click.option("--baseline", help="The dense model it came from: a folder, hub id or .gguf file.")
+@click.option("--shape", type=click.Choice(["1b"]), help="Instead of MODEL: random weights, four layers of this size.")
+@click.option(
+    "--weights",
+    type=click.Choice(PACKED_WEIGHTS),
+    multiple=True,
+    default=("fp32", "int8", "int4"),
+    show_default=True,
+    help="Formats, one after the other.",
+)
+@click.option("--batch", "batches", type=click.IntRange(1, 8), multiple=True, default=(1, 2, 4, 8), show_default=True)
+@click.option(
+    "--context",
+    "contexts",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(128, 512, 2048, 8000),
+    show_default=True,
+    help="Tokens in front of those that are timed.",
+)
+@click.option("--steps", type=click.IntRange(min=4), default=48, show_default=True, help="Tokens timed at every point.")
+@click.option("--curve/--no-curve", default=True, show_default=True, help="Speed against the share of silent inputs.")
+@click.option("--quick", is_flag=True, help="Few points: batches 1 and 4, contexts 128 and 512, 16 tokens of each.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench_decode"), show_default=True)
+def bench_decode(model: str | None, quick: bool, out: Path, **choices: Any) -> None:
+    """Tokens per second of MODEL with and without events, beside its dense source; where the time goes.
+
+    The source also runs in llama.cpp if it is a .gguf file and the package llama-cpp-python is installed.
+    """
+    from spikelm.eval.bench_decode import run
+
+    if quick:
+        choices |= {"batches": (1, 4), "contexts": (128, 512), "steps": 16}
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in choices.items()}
+    run(model, quick=quick, out=out, **listed)
+    print((out / "decode.md").read_text(encoding="utf-8"))
+    _say(f"Wrote {out / 'decode.json'}, {out / 'decode.md'}, {out / 'decode.png'}.")
+
+
 def _generate(
     model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, sample: bool, execute: str, chat: bool
 ) -> None:
@@ -296,10 +381,8 @@ def _generate(
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("The prompt is empty; give some text with --prompt.")
-    statistics = SpikeStatistics(model) if next(spike_groups(model), None) else None
-    running = execute_trains(model) if execute == "trains" else nullcontext()
     started = time.monotonic()
-    with running, statistics or nullcontext():
+    with execute_trains(model) if execute == "trains" else nullcontext():
         out = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -309,7 +392,10 @@ def _generate(
         )
     new = out.shape[1] - inputs["input_ids"].shape[1]
     line = f"[{new} tokens, {new / (time.monotonic() - started):.1f} tokens/s"
-    if statistics is not None:
+    if next(spike_groups(model), None) is not None:
+        # Counted in a second pass over the same text: counting costs more than decoding.
+        with torch.no_grad(), SpikeStatistics(model) as statistics:
+            model(out, logits_to_keep=1)
         summary = statistics.summary()
         line += (
             f"; {summary['silent_share_reads']:.1%} of weight reads behind spike sites unnecessary, "

@@ -112,6 +112,8 @@ class SpikeLMConfig(PreTrainedConfig):
             (and threshold of plif) is where learning starts. The defaults are SpikeGPT's unit.
         weight_group_size: every linear of a layer carries the scales of its integer weights, one for each row and group
             of so many input channels (see `spikelm.grid`); None: weights are plain floats.
+        packed_weights: format of a checkpoint whose weights are laid out for inference, see `spikelm.inference`; None:
+            the layout that trains.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a field of another type or range, with what was expected.
@@ -231,6 +233,7 @@ class SpikeLMConfig(PreTrainedConfig):
     neuron_grad_window: int | None = None
 
     weight_group_size: int | None = None
+    packed_weights: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:

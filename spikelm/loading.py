@@ -10,6 +10,7 @@ from spikelm.configuration import SpikeLMConfig
 from spikelm.conversion.checkpoints import read_checkpoint, read_json, reason
 from spikelm.conversion.folder import RECORD
 from spikelm.conversion.sources import open_source, quiet
+from spikelm.inference.packed import load_packed
 from spikelm.modeling import SpikeLMForCausalLM
 
 _SITE_TENSORS = ("_site.k", "_site.dead_zone", "_site.magnitude")
@@ -74,9 +75,12 @@ def _load_spiking(
     folder: Path, dtype: torch.dtype | None, changes: dict[str, Any], progress: bool
 ) -> tuple[PreTrainedModel, Any]:
     config = changed(read_config(folder), changes)
-    tensors = read_checkpoint(folder, progress)
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else next(iter(tensors.values())).dtype
-    model = _filled(SpikeLMForCausalLM, config, tensors, dtype or stored, str(folder))
+    if config.packed_weights is not None:
+        model = load_packed(SpikeLMForCausalLM, config, folder, dtype=dtype)
+    else:
+        tensors = read_checkpoint(folder, progress)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else next(iter(tensors.values())).dtype
+        model = _filled(SpikeLMForCausalLM, config, tensors, dtype or stored, str(folder))
     if (folder / RECORD).is_file():
         model.conversion = read_json(folder / RECORD)  # type: ignore[assignment]
     try:

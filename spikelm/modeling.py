@@ -29,6 +29,7 @@ from spikelm.configuration import SpikeLMConfig
 from spikelm.context import ForwardContext, check_padding
 from spikelm.ffns import FFNS
 from spikelm.grid import add_grids
+from spikelm.inference.decoder import LayerRun
 from spikelm.initial import fill
 from spikelm.mixers import make_mixer
 from spikelm.mixers.attention import SoftmaxCore
@@ -98,6 +99,33 @@ class SpikeLMPreTrainedModel(PreTrainedModel):
         "hidden_states": SpikeLMDecoderLayer,
         "attentions": OutputRecorder(SoftmaxCore, index=1),
     }
+    prepared: Any = None  # how `spikelm.prepare_for_inference` stored the weights
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a folder of packed weights becomes a prepared model, with `events` as an option."""
+        from spikelm.inference.packed import is_packed, load_packed  # builds on this file
+
+        if not is_packed(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = kwargs.get("config") or SpikeLMConfig.from_pretrained(pretrained_model_name_or_path)
+        options = {name: kwargs[name] for name in ("events", "dtype") if name in kwargs}
+        return load_packed(cls, config, pretrained_model_name_or_path, **options)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; a prepared model is written as packed weights, see `spikelm.inference.packed`."""
+        self.config.packed_weights = None if self.prepared is None else self.prepared.weights
+        if self.prepared is None:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        else:
+            from spikelm.inference.packed import save_packed  # builds on this file
+
+            save_packed(self, save_directory)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; embedding and head of a prepared model share their table already."""
+        if self.prepared is None:
+            super().tie_weights(*args, **kwargs)
 
     def post_init(self) -> None:
         """Called at the end of every constructor: what holds its own precision is loaded in it."""
@@ -144,7 +172,14 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         self.norm = make_norm(config.final_norm, config.hidden_size, config.norm_eps)
         self.rotary = nn.ModuleDict(make_rotaries(config))
         self.gradient_checkpointing = False
+        self.runs: list[Any] | None = None  # in a prepared model: the layers, plain ones in runs
         self.post_init()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        for run in self.runs or ():
+            if isinstance(run, LayerRun):
+                run.forget()
+        return super()._apply(*args, **kwargs)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -200,7 +235,7 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
         position_ids = position_ids.expand(x.shape[0], -1)
         context = ForwardContext.build(position_ids, attention_mask, cache, restarts)
         context.rope = {name: rotary(x, position_ids) for name, rotary in self.rotary.items()}
-        for layer in self.layers:
+        for layer in self.layers if self.runs is None else self.runs:
             x = layer(x, context=context)
         context.finish(position_ids)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE_NAME: cache if use_cache else None})

@@ -26,6 +26,7 @@ HEAD_MIXERS = ("attention", "swa", "gla", "retention", "window_linear", "delta")
 MIXERS = (*HEAD_MIXERS, "rwkv4", "rwkv7", "hgrn", "mingru", "egru", "egru_stack")
 ROTATED = frozenset({"attention", "swa", "retention", "window_linear"})
 EGRU_FORMS = ("evnn", "paper")
+PACKED_WEIGHTS = ("fp32", "bf16", "int8", "int4")
 
 # Fields that may be a list with one value for each layer.
 PER_LAYER = (
@@ -75,6 +76,8 @@ def validate(config: "SpikeLMConfig") -> None:
     share("residual_dropout", config.residual_dropout)
     if config.weight_group_size is not None:
         positive("weight_group_size", config.weight_group_size)
+    if config.packed_weights is not None:
+        choice("packed_weights", config.packed_weights, PACKED_WEIGHTS)
     for i in range(config.num_hidden_layers):
         _layer(config, i, f" of layer {i}")
     _spikes(config)

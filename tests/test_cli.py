@@ -106,6 +106,12 @@ def test_generate_streams_text_and_says_how_silent_it_was(converted, execute, ca
     assert "6 tokens" in err and "weight reads" in err
 
 
+def test_generate_with_weights_laid_out_for_inference(converted, capsys):
+    for options in (["--weights", "int8", "--events", "always"], ["--weights", "fp32", "--events", "never"]):
+        assert call("generate", converted, "--prompt", "the quick", "--max-new-tokens", 6, *options) == 0
+        assert "of weight reads behind spike sites unnecessary" in capsys.readouterr().err
+
+
 def test_generate_runs_a_plain_source_too(source, capsys):
     assert call("generate", source, "--prompt", "the quick", "--max-new-tokens", 4, "--raw") == 0
     assert capsys.readouterr().out.startswith("the quick")
@@ -164,6 +170,9 @@ def test_bench_kernels_prints_a_table_and_writes_json(tmp_path, capsys):
         (["generate", "nowhere", "--prompt", "x"], "does not exist"),
         (["generate", "CONVERTED", "--prompt", ""], "prompt is empty"),
         (["generate", "SOURCE", "--prompt", "the", "--execute", "trains"], "no spike sites"),
+        (["generate", "SOURCE", "--prompt", "the", "--weights", "int8"], "are for spikelm models"),
+        (["generate", "CONVERTED", "--prompt", "the", "--events", "always"], "Choose a format of its weights"),
+        (["bench", "decode"], "either a model folder or --shape"),
         (["eval", "CONVERTED", "--baseline", "SOURCE", "--text", "nowhere.txt", "--out", "OUT"], "no such file"),
         (["eval", "CONVERTED", "--baseline", "nowhere", "--text", "TEXT", "--out", "OUT"], "does not exist"),
         (["eval", "CONVERTED", "--text", "TEXT", "--out", "OUT"], "--baseline"),

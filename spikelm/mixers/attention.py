@@ -71,6 +71,9 @@ class SoftmaxCore(Stateful, nn.Module):
         if self.int8_keys_values:
             k, v = Int8Steps.apply(k), Int8Steps.apply(v)
         view = context.keys(self.window, self.sinks, self.off_by_one)
+        if view.keep is None:
+            k, v = self.extend_state(context, "keys", k), self.extend_state(context, "values", v)
+            return self._attend(q, k, v, view)
         if (past := self.read_state(context, "keys")) is not None:
             k = torch.cat([past, k], dim=2)
             v = torch.cat([self.read_state(context, "values"), v], dim=2)  # type: ignore[list-item]

@@ -36,6 +36,7 @@ class Site(KeepsDtype):
         layer_idx, name: where the site stands. width: channels of what it codes.
         observers: called with (site, counts, threshold, context) at every pass; see `SpikeStatistics`.
         substitute: if set, called instead of the code: x -> what the linears read; for controls.
+        handed_on: what the readers were given last, as (values, counts, threshold); kept only if `hands_counts`.
         graded: whether spikes carry values that no train of slots holds; their counts are then 0 and 1.
         recurrent_reads: weights of a recurrent matrix that one spike is multiplied with, beside those of readers.
     """
@@ -48,6 +49,8 @@ class Site(KeepsDtype):
         self.layer_idx, self.name, self.width = layer_idx, name, width
         self.observers: list[Observer] = []
         self.substitute: Callable[[Tensor], Tensor] | None = None
+        self.hands_counts = False
+        self.handed_on: tuple[Tensor, Tensor, Tensor] | None = None
 
     def _show(self, counts: Tensor, threshold: Tensor, context: "ForwardContext | None") -> None:
         for observer in self.observers:
@@ -106,7 +109,10 @@ class SpikeSite(Site):
             )
         counts, threshold = self.encode(x)
         self._show(counts, threshold, context)
-        return (counts * threshold).to(x.dtype)
+        values = (counts * threshold).to(x.dtype)
+        if self.hands_counts:
+            self.handed_on = values, counts, threshold
+        return values
 
     def _learns(self) -> bool:
         return self.magnitude is not None and self.magnitude.requires_grad

@@ -174,8 +174,8 @@ class SpikeStatistics:
         """MACs per token that no spike replaces, by kind."""
         spiking = {id(linear) for group in self.groups for linear in group.readers.values()}
         linears = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
-        head = sum(m.weight.numel() for name, m in linears.items() if name == "lm_head")
-        floats = sum(m.weight.numel() for n, m in linears.items() if n != "lm_head" and id(m) not in spiking)
+        head = sum(_size(m) for name, m in linears.items() if name == "lm_head")
+        floats = sum(_size(m) for n, m in linears.items() if n != "lm_head" and id(m) not in spiking)
         return {
             "head": head,
             "float_fed_linears": floats,
@@ -190,5 +190,10 @@ def _weights_per_token(model: nn.Module) -> int:
 
     An embedding row is a copy, not a product.
     """
-    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    linears = sum(_size(m) for m in model.modules() if isinstance(m, nn.Linear))
     return linears + sum(m.width * m.recurrent_reads for m in model.modules() if isinstance(m, Site))
+
+
+def _size(linear: nn.Linear) -> int:
+    """Weights of a linear, wherever they are stored."""
+    return linear.in_features * linear.out_features
