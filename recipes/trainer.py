@@ -271,7 +271,7 @@ class RecipeTrainer(ShardedTrainer, MatrixDecayTrainer):
         """Add the means of the terms, tokens per second and spikes to what Trainer logs of the last steps."""
         if "loss" in logs:
             logs |= self._terms() | self.progress.speed() | self._spike_metrics()
-        if "train_loss" in logs:  # Trainer's would be of this session alone
+        if "train_loss" in logs:  # Trainer's would be of the time since the last start alone
             points = [(row["step"], row["loss"]) for row in self.state.log_history if "loss" in row]
             spans = [step - before for (step, _), (before, _) in zip(points, [(0, 0.0), *points])]
             logs["train_loss"] = sum(n * loss for n, (_, loss) in zip(spans, points)) / sum(spans)
@@ -314,7 +314,7 @@ class Progress(TrainerCallback, ExportableState):
     """When to log, evaluate and save; and how long the training itself took.
 
     Attributes:
-        seconds: spent on steps so far, in all sessions up to the last checkpoint and this one since.
+        seconds: spent on steps so far, in all starts up to the last checkpoint and the last one since.
     """
 
     def __init__(self, trainer: RecipeTrainer):
