@@ -24,11 +24,12 @@ from tqdm import tqdm
 from spikelm.configuration import SpikeLMConfig
 from spikelm.conversion.texts import evaluation_sample
 from spikelm.eval import bench_decode_page
-from spikelm.eval.decode_profile import WeightBytes, where_time_goes
+from spikelm.eval.decode_profile import SILENT, WeightBytes, where_time_goes
 from spikelm.eval.decoders import Decoder, LlamaCppDecoder, ModelDecoder, fastest_dense, seconds
 from spikelm.eval.report import write_whole
 from spikelm.inference import prepare_for_inference
 from spikelm.inference.prepare import set_events
+from spikelm.kernels.runtime import processor_name
 from spikelm.loading import load_model
 from spikelm.modeling import SpikeLMForCausalLM
 from spikelm.spiking.site import SpikeSite
@@ -36,7 +37,6 @@ from spikelm.spiking.site import SpikeSite
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.38, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 QUICK_SHARES = (0.0, 0.38, 0.7, 0.95)
 FINE = 64.0  # counts per mean magnitude, at which hardly any input is silent by itself
-DEAD = 1e30  # a dead zone that nothing leaves
 WARM_UP = 3
 
 SHAPES = {
@@ -229,7 +229,7 @@ def _silence(models: tuple[Any, ...], share: float) -> None:
     for sites in zip(*(_sites(model) for model in models)):
         silent = torch.randperm(sites[0].width)[: round(share * sites[0].width)]
         for site in sites:
-            site.dead_zone.zero_()[silent] = DEAD
+            site.dead_zone.zero_()[silent] = SILENT
 
 
 def _summary(spent: list[float], batch: int) -> dict[str, float]:
@@ -260,7 +260,7 @@ def _llama_cpp(path: str, longest: int) -> dict[str, Decoder]:
 
 def _machine() -> dict[str, Any]:
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "load_before": _load_average(),
         "torch": torch.__version__,
@@ -272,9 +272,3 @@ def _machine() -> dict[str, Any]:
 
 def _load_average() -> list[float]:
     return [round(x, 2) for x in os.getloadavg()]
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    named = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
-    return named or platform.processor() or platform.machine()

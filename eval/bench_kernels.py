@@ -12,7 +12,6 @@ import importlib
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from spikelm.eval.bench_ops import OPS, Op, Sizes
+from spikelm.kernels.runtime import processor_name
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -231,11 +231,10 @@ def _add_shares(row: dict[str, Any], op: Op, kind: str, sizes: Sizes, rates: dic
 
 
 def _describe(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     load = [round(x, 2) for x in os.getloadavg()]
     return {
         "device": device.type,
-        "name": name,
+        "name": processor_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "load": load,

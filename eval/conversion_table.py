@@ -22,12 +22,9 @@ from its last checkpoint. `--row` leaves the other rows for later, or for anothe
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -46,7 +43,9 @@ from spikelm.eval.controls import MagnitudeProfile, same_code
 from spikelm.eval.data import read_text, tokenize
 from spikelm.eval.fidelity import Row, WindowScore, combine, log_probs, run_counted, score
 from spikelm.eval.rows import control_rows, mean_share, probe
+from spikelm.kernels.runtime import processor_name
 from spikelm.loading import load_model
+from spikelm.spiking.silence import counted_silence, silent_reads
 from spikelm.spiking.site import spike_groups
 
 CONTROLS = ("uniform_dead_zone", "teal", "int_k")
@@ -250,7 +249,7 @@ class Builder:
                 sums["text"].append(t)
                 sums["all"].append(score(window, logits, reference, size))
                 sums["late"].append(score(window[late], logits[late], reference[late], size))
-                sums["silence"].append(silence)
+                sums["silence"].append(silent_reads(list(spike_groups(model)), silence))
         return [self._entry(row, sums) for (_, row), sums in zip(rows, found)]
 
     def _entry(self, row: Row, sums: dict[str, list[Any]]) -> dict[str, Any]:
@@ -273,33 +272,11 @@ class Builder:
         }
 
 
-@contextmanager
-def counted_silence(model: nn.Module) -> Iterator[list[int]]:
-    """Two numbers that grow with every pass: reads that a silent input makes unnecessary, and all reads behind sites.
-
-    `SpikeStatistics` gives the same share and much more, which costs time.
-    """
-    sums, groups = [0, 0], list(spike_groups(model))
-
-    def observe(fan_out: int, site: Any, counts: Tensor, threshold: Tensor, context: Any) -> None:
-        sums[0] += fan_out * int((counts == 0).sum())
-        sums[1] += fan_out * counts.numel()
-
-    observers = [partial(observe, group.fan_out) for group in groups]
-    for group, observer in zip(groups, observers):
-        group.site.observers.append(observer)
-    try:
-        yield sums
-    finally:
-        for group, observer in zip(groups, observers):
-            group.site.observers.remove(observer)
-
-
 def machine() -> dict[str, Any]:
     """Where and with what a row was measured."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -327,7 +304,8 @@ def as_markdown(table: Table, rows: dict[str, dict[str, Any]]) -> str:
                 lines.append("| " + " | ".join(cells) + " |")
             else:
                 cells = [str(given), _ratio(entry), _ratio(entry["late"]), f"{entry['kl_nats']:.4f}"]
-                cells += [f"{entry['top1_agreement']:.3f}", f"{table.linear['transfer']:,}", f"{trained:,}"]
+                fitted = rows.get(f"{given}-transferred", {}).get("transfer", {}).get("tokens", 0)
+                cells += [f"{entry['top1_agreement']:.3f}", f"{fitted:,}", f"{trained:,}"]
                 linear.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *linear]) + "\n"
 

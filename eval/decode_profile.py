@@ -22,7 +22,7 @@ from spikelm.inference.prepare import set_events
 from spikelm.spiking import SpikeStatistics
 from spikelm.spiking.site import SpikeSite
 
-_SILENT = 1e30  # a dead zone that nothing leaves
+SILENT = 1e30  # a dead zone that nothing leaves
 _WARM_UP = 2
 
 
@@ -59,7 +59,7 @@ def where_time_goes(model: Any, text: Tensor, context: int) -> dict[str, float]:
     events = model.prepared.events
     zones = [(m, m.dead_zone) for m in model.modules() if isinstance(m, SpikeSite)]
     for site, zone in zones:
-        site.dead_zone = torch.full_like(zone, _SILENT)
+        site.dead_zone = torch.full_like(zone, SILENT)
     try:
         silent = _decode(set_events(model, "always"), text, context)
     finally:

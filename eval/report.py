@@ -17,6 +17,7 @@ import spikelm
 from spikelm.eval.data import TokenizedText
 from spikelm.eval.fidelity import Measured, Row, combine, merge
 from spikelm.eval.markdown import markdown
+from spikelm.kernels.runtime import processor_name
 from spikelm.spiking.site import spike_groups
 
 SCHEMA_VERSION = 1
@@ -92,7 +93,7 @@ def environment(model: nn.Module, baseline: nn.Module, names: tuple[str, str] | 
         "threshold": getattr(config, "spike_threshold", None) if sites else None,
         "k": sorted({site.initial["k"] for site in sites}),
         "device": str(next(model.parameters()).device),
-        "cpu": _cpu(),
+        "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
@@ -211,15 +212,6 @@ def _name(network: nn.Module) -> str:
 
 def _dtype(network: nn.Module) -> str:
     return str(next(network.parameters()).dtype).removeprefix("torch.")
-
-
-def _cpu() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _peak_memory() -> float | None:

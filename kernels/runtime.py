@@ -6,9 +6,11 @@ import when `use_triton` says that they will run. The Triton side of this file i
 
 import importlib.util
 import os
+import platform
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from itertools import pairwise
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
@@ -40,6 +42,18 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that sums and states have: float64 if any tensor is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def processor_name(device: torch.device | None = None) -> str:
+    """What a device is called, for records of measurements; None: the CPU."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
 
 
 def without_autocast(function: Function) -> Function:

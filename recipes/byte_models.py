@@ -12,7 +12,6 @@ in the output folder; a model whose results are there already is not trained aga
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from torch.utils.data import Dataset
 from transformers import ByT5Tokenizer, TrainerCallback, TrainingArguments
 
 from spikelm import SpikeLMConfig, SpikeLMForCausalLM, SpikeStatistics, spike_groups
+from spikelm.kernels.runtime import processor_name
 from spikelm.recipes.ngram import bits_per_byte as count_bits
 from spikelm.recipes.trainer import MatrixDecayTrainer
 
@@ -247,7 +247,7 @@ def machine() -> dict[str, Any]:
     """Where and with what a result was measured."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,

@@ -25,6 +25,7 @@ from torch.utils.data import IterableDataset
 
 from spikelm import SpikeLMForCausalLM
 from spikelm.kernels.linear_loss import linear_cross_entropy, linear_kl, linear_kl_top
+from spikelm.kernels.runtime import wide_dtype
 from spikelm.recipes.run import command, run
 from spikelm.recipes.settings import Settings
 from spikelm.recipes.teacher import load_teacher, recorded, top_log_probs
@@ -188,18 +189,13 @@ def relative_error(x: Tensor, wanted: Tensor) -> Tensor:
 
     The size of a hidden state differs a thousandfold between tokens; so every token has its own measure.
     """
-    x, wanted = wide(x), wide(wanted)
+    x, wanted = x.to(wide_dtype(x)), wanted.to(wide_dtype(wanted))
     return ((x - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)).sum()
 
 
 def squared_error(x: Tensor, wanted: Tensor) -> Tensor:
     """Sum over rows `[N, C]` of the mean over channels of (x - wanted)^2, in float32 or better."""
-    return (wide(x) - wide(wanted)).square().mean(-1).sum()
-
-
-def wide(x: Tensor) -> Tensor:
-    """Float32, or float64 for float64."""
-    return x if x.dtype == torch.float64 else x.float()
+    return (x.to(wide_dtype(x)) - wanted.to(wide_dtype(wanted))).square().mean(-1).sum()
 
 
 def train(config: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import spikelm
 from spikelm import SpikeLMConfig, SpikeLMForCausalLM
 from spikelm.conversion.checkpoints import read_json
+from spikelm.kernels.runtime import wide_dtype
 from spikelm.loading import load_model
 
 _ROWS = 512  # tokens whose whole logits are held at a time
@@ -60,7 +61,7 @@ def top_log_probs(hidden: Tensor, head: nn.Linear, k: int, softcap: float | None
     ids, values, rests = [], [], []
     for rows in hidden.split(_ROWS):
         logits = head(rows)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits.to(wide_dtype(logits))
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         log_probs = logits.log_softmax(-1)

@@ -33,12 +33,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from spikelm import SpikeLMForCausalLM, SpikeStatistics, spike_groups
 from spikelm.conversion.sources import quiet
 from spikelm.kernels.linear_loss import linear_cross_entropy
+from spikelm.kernels.runtime import wide_dtype
 from spikelm.recipes.checkpoints import UNWRITABLE, Checkpoints
 from spikelm.recipes.lora import export_adapter
+from spikelm.recipes.packing import IGNORED
 from spikelm.recipes.sharding import ShardedTrainer
 from spikelm.spiking.rate import RateRegulariser
 
-IGNORED = -100
 STREAM = "stream.json"
 
 
@@ -96,7 +97,7 @@ class RecipeTrainer(ShardedTrainer, MatrixDecayTrainer):
 
             return {"cross_entropy": model(**rest, use_cache=False, head_loss=head_loss).loss}
         logits = model(**rest, use_cache=False).logits
-        wide = logits if logits.dtype == torch.float64 else logits.float()
+        wide = logits.to(wide_dtype(logits))
         loss = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return {"cross_entropy": loss}
 

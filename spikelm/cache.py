@@ -91,11 +91,15 @@ class StateLayer(CacheLayerMixin):
     @property
     def states(self) -> dict[str, Tensor]:
         """All states by name. A decoder that writes behind some of them loses its loan by this look."""
+        self._end_loan()
+        return self._states
+
+    def _end_loan(self) -> None:
+        """What a decoder has written behind the states joins them."""
         if (loan := self._loan) is not None:
             self._loan = None
             for name in loan.names:
                 self.grow(name, loan.written)
-        return self._states
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """States appear when they are first written; there is nothing to do."""
@@ -166,7 +170,7 @@ class StateLayer(CacheLayerMixin):
 
         It counts `loan.written` up, and may go on as long as `lent_to(loan)`.
         """
-        self.states  # noqa: B018  # what an earlier loan has written joins the states
+        self._end_loan()
         rooms = [self.reserve(name, loan.slots) for name in loan.names]
         self._loan = loan
         return rooms

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from spikelm.conversion.allocation import ActivationProfile
 from spikelm.conversion.texts import calibration_sample
+from spikelm.spiking.silence import counted_silence, silent_reads
 from spikelm.spiking.site import SpikeGroup, spike_groups
 
 WINDOW = 512
@@ -201,19 +202,7 @@ def _reach(
 
 def _measure(model: nn.Module, groups: list[SpikeGroup], ids: Tensor, progress: bool) -> tuple[float, list[float]]:
     """The silent share of the spiking model, weighted by reads, and that of every site."""
-    zeros = {id(group.site): [0, 0] for group in groups}
-
-    def observe(site: Any, counts: Tensor, threshold: Tensor, context: Any) -> None:
-        zeros[id(site)][0] += int((counts == 0).sum())
-        zeros[id(site)][1] += counts.numel()
-
-    for group in groups:
-        group.site.observers.append(observe)
-    try:
+    with counted_silence(model) as counted:
         _run(model, ids, "Measuring silence", progress)
-    finally:
-        for group in groups:
-            group.site.observers.remove(observe)
-    sites = [zeros[id(group.site)][0] / zeros[id(group.site)][1] for group in groups]
-    reads = [group.fan_out * group.site.width for group in groups]
-    return sum(s * r for s, r in zip(sites, reads, strict=True)) / sum(reads), sites
+    silent, reads = silent_reads(groups, counted)
+    return silent / reads, [counted[group.path][0] / counted[group.path][1] for group in groups]

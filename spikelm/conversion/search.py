@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from spikelm.conversion.texts import Texts, tokenized
 from spikelm.conversion.transfer import fit, learning, reduced_precision, windows
+from spikelm.kernels.runtime import wide_dtype
 from spikelm.modeling import SpikeLMForCausalLM
 
 TOKENS = 16_384  # that the candidates learn from before they are measured
@@ -96,7 +97,7 @@ def _costs(
 def _predictions(model: SpikeLMForCausalLM, row: Tensor) -> Tensor:
     """Log-probabilities `[T, vocab]`, float32 or better."""
     logits = model(row[None], use_cache=False).logits[0]
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    return logits.log_softmax(-1, dtype=wide_dtype(logits))
 
 
 @contextmanager

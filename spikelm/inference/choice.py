@@ -8,7 +8,6 @@ GPU, threads, torch version) and format; what is known is not measured again.
 
 import hashlib
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from spikelm.conversion.smollm import cache_folder
 from spikelm.kernels.event_linear import event_linear
+from spikelm.kernels.runtime import processor_name
 from spikelm.kernels.weight_rows import LARGEST_CODE, Rows
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.85, 1.0)  # active inputs
@@ -120,23 +120,13 @@ def _settle(rows: Rows) -> None:
 
 def _place(rows: Rows) -> tuple[Path, dict[str, Any]]:
     machine = {
-        "processor": _processor(rows.data.device),
+        "processor": processor_name(rows.data.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "format": f"{rows.format}/{rows.group}",
     }
     key = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]
     return cache_folder() / f"events-{key}.json", machine
-
-
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.processor())
 
 
 def _read(path: Path, machine: dict[str, Any]) -> dict[str, float]:

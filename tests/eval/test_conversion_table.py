@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from small_tokenizer import letters
-from spikelm.eval.conversion_table import Builder, Table, as_markdown, counted_silence
-from spikelm.spiking.site import spike_groups
-from spikelm.spiking.statistics import SpikeStatistics
+from spikelm.eval.conversion_table import Builder, Table, as_markdown
 from tests.conversion.tiny import llama
 
 TABLE = {
@@ -90,16 +88,6 @@ def test_numbers_are_those_of_the_definition(place):
     row = entries(place, "calibrated-0.3")[0]
     assert row["loss"] == pytest.approx(difference.mean().exp().item() - 1, abs=1e-5)
     assert row["late"]["loss"] == pytest.approx(difference[:, 30:].mean().exp().item() - 1, abs=1e-5)
-
-
-def test_silence_is_that_of_the_statistics(place):
-    _, builder = place
-    model = builder._silent(0.3)
-    with counted_silence(model) as (silent), SpikeStatistics(model) as statistics, torch.no_grad():
-        for window in builder.texts[0].windows:
-            model(window[None])
-    assert silent[0] / silent[1] == pytest.approx(statistics.summary()["silent_share_reads"], abs=1e-9)
-    assert not any(group.site.observers for group in spike_groups(model))
 
 
 def test_what_is_there_is_not_made_again(place, monkeypatch):

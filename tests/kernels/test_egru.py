@@ -8,6 +8,7 @@ from kernel_cases import RATIOS, TIERS, assert_close, banded, place
 
 from spikelm.kernels import egru_cpp, egru_reference
 from spikelm.kernels.egru import FORMS, egru, egru_step, event_gru
+from spikelm.kernels.egru_torch import Cell, EventCell
 
 # The CPU has two paths; those who ask for "cpu" get the one in torch.
 paths = pytest.mark.parametrize(
@@ -444,3 +445,14 @@ def test_wrong_arguments_are_named(changes, message):
 def test_a_wrong_state_of_a_step_is_named():
     with pytest.raises(ValueError, match=r"egru_step: state must be \[B, 2, H\] = \[3, 2, 4\], got \(3, 4\)"):
         egru_step(torch.ones(3, 12), torch.ones(4, 12), torch.ones(4), torch.ones(3, 4), form="evnn")
+
+
+@pytest.mark.parametrize("active", [0, 1, 3, 12])
+def test_a_cell_that_reads_events_only_gives_the_same(active):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(1, 12, 36, dtype=torch.float64), torch.randn(36, dtype=torch.float64)
+    y = torch.zeros(1, 2, 12, dtype=torch.float64)
+    y[:, :, :active] = torch.rand(1, 2, active, dtype=torch.float64)
+    cells = (kind.of(weight, bias, torch.zeros(12, dtype=torch.float64), True) for kind in (Cell, EventCell))
+    dense, events = (cell.recur(y) for cell in cells)
+    torch.testing.assert_close(events, dense, rtol=0, atol=1e-12)
