@@ -11,20 +11,12 @@
 #include <vector>
 
 #include "exponential.h"
+#include "lanes.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int64_t LANES = 16;
-#elif defined(__AVX2__)
-constexpr int64_t LANES = 8;
-#else
-constexpr int64_t LANES = 4;
-#endif
 constexpr int64_t PIECE = 256;     // keys of a task
 constexpr int64_t SHARED = 65536;  // floats of keys below which one thread is faster than waking another
-
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 struct Call {  // as _Call in attend.py
     float *qkv;

@@ -8,17 +8,10 @@
 #include <immintrin.h>
 #endif
 
+#include "lanes.h"
+
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int64_t LANES = 16;
-#elif defined(__AVX2__)
-constexpr int64_t LANES = 8;
-#else
-constexpr int64_t LANES = 4;
-#endif
-
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef double Doubles __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 
