@@ -1,7 +1,6 @@
 """What a conversion costs and what training gives back: one table, rebuilt by one command.
 
-    python -m spikelm.recipes.corpora corpora
-    python -m spikelm.eval.conversion_table eval/conversion_table.yaml --corpora corpora --out runs/table
+    python -m spikelm.eval.conversion_table eval/conversion_table.yaml --out runs/table
 
 All rows are measured on the same windows of the same held-out texts, beside their controls (`spikelm.eval.controls`):
 
@@ -205,7 +204,7 @@ class Builder:
         file = self.out / "training" / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml.safe_dump(settings, sort_keys=False))
-        subprocess.run([sys.executable, "-m", "spikelm.recipes.distill", str(file)], check=True)
+        run_recipe("distill", file)
         folder = self.out / "training" / name
         model, _ = load_model(folder / "model", dtype=torch.float32)
         return model, json.loads((folder / "report.json").read_text())
@@ -272,6 +271,16 @@ class Builder:
         }
 
 
+def run_recipe(name: str, argument: Path) -> None:
+    """A module of `spikelm.recipes` in a process of its own, which says by itself what goes wrong.
+
+    Raises:
+        SystemExit: it failed, with its exit code.
+    """
+    if code := subprocess.run([sys.executable, "-m", f"spikelm.recipes.{name}", str(argument)]).returncode:
+        raise SystemExit(code)
+
+
 def machine() -> dict[str, Any]:
     """Where and with what a row was measured."""
     return {
@@ -320,20 +329,26 @@ def _ratio(entry: dict[str, Any]) -> str:
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path, exists=True))
-@click.option("--corpora", type=click.Path(path_type=Path, exists=True), required=True, help="Of recipes.corpora.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--corpora", type=click.Path(path_type=Path), help="Texts; fetched if not there.  [default: OUT/corpora]")
 @click.option("--source", type=click.Path(path_type=Path), help="A model.  [default: SmolLM2-135M-Instruct]")
 @click.option("--row", "chosen", multiple=True, help="Only this row; may be repeated.")
-def main(config: Path, corpora: Path, out: Path, source: Path | None, chosen: tuple[str, ...]) -> None:
+def main(config: Path, out: Path, corpora: Path | None, source: Path | None, chosen: tuple[str, ...]) -> None:
     """Make the rows of CONFIG that are not there yet, and OUT/table.md."""
-    table = Table.read(config)
-    if unknown := sorted(set(chosen) - set(table.steps())):
-        raise click.UsageError(f"There is no row {unknown[0]!r}; there are {', '.join(table.steps())}.")
-    builder = Builder(table, source or smollm2_gguf(), corpora, out)
-    for name in chosen or table.steps():
-        builder.make(name)
-        rows = {file.stem: json.loads(file.read_text()) for file in (out / "rows").glob("*.json")}
-        (out / "table.md").write_text(as_markdown(table, rows))
+    try:
+        table = Table.read(config)
+        if unknown := sorted(set(chosen) - set(table.steps())):
+            raise ValueError(f"There is no row {unknown[0]!r}; there are {', '.join(table.steps())}.")
+        corpora = corpora or out / "corpora"
+        run_recipe("corpora", corpora)  # does nothing where they are already
+        builder = Builder(table, source or smollm2_gguf(), corpora, out)
+        for name in chosen or table.steps():
+            builder.make(name)
+            rows = {file.stem: json.loads(file.read_text()) for file in (out / "rows").glob("*.json")}
+            (out / "table.md").write_text(as_markdown(table, rows))
+    except (ValueError, OSError) as error:
+        print(f"spikelm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ import random
 
 import pytest
 import torch
+import yaml
 
 from small_tokenizer import letters
-from spikelm.eval.conversion_table import Builder, Table, as_markdown
+from spikelm.eval.conversion_table import Builder, Table, as_markdown, main
 from tests.conversion.tiny import llama
 
 TABLE = {
@@ -119,3 +120,15 @@ def test_a_field_that_is_missing_is_named(tmp_path):
     (tmp_path / "table.yaml").write_text("texts: {}\n")
     with pytest.raises(ValueError, match="must give exactly"):
         Table.read(tmp_path / "table.yaml")
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(TABLE))
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "table.yaml"), "--out", str(tmp_path / "out"), "--row", "no-such"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "spikelm: error: There is no row 'no-such'; there are calibrated-0.3, distilled-0.3, linear-transferred, "
+        "linear-distilled, window-transferred, window-distilled.\n"
+    )
+    assert not (tmp_path / "out").exists()
