@@ -26,7 +26,7 @@ from spikelm.conversion.texts import evaluation_sample
 from spikelm.eval import bench_decode_page
 from spikelm.eval.decode_profile import SILENT, WeightBytes, where_time_goes
 from spikelm.eval.decoders import Decoder, LlamaCppDecoder, ModelDecoder, fastest_dense, seconds
-from spikelm.eval.report import write_whole
+from spikelm.eval.files import write_whole
 from spikelm.inference import prepare_for_inference
 from spikelm.inference.prepare import set_events
 from spikelm.kernels.runtime import processor_name

@@ -1,15 +1,13 @@
 """The decoding benchmark as a page and a picture: `decode.md`, `decode.png`, from the same numbers as `decode.json`."""
 
-import io
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
+from spikelm.eval.files import png, write_whole
 from spikelm.eval.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED
-from spikelm.eval.report import write_whole
 
 _COLOURS = {"never": GREY, "always": BLUE, "dense": ORANGE, "llama.cpp": GREEN}
 _NAMES = {
@@ -26,9 +24,7 @@ _ASKED = (0.38, 0.7)
 def write(report: dict[str, Any], folder: Path) -> None:
     """Write `decode.md` and `decode.png` into `folder`."""
     write_whole(folder / "decode.md", page(report).encode())
-    content = io.BytesIO()
-    FigureCanvasAgg(picture(report)).print_png(content)
-    write_whole(folder / "decode.png", content.getvalue())
+    write_whole(folder / "decode.png", png(picture(report)))
 
 
 def page(report: dict[str, Any]) -> str:

@@ -1,182 +1,200 @@
-"""Evaluate a spiking model beside its baseline: quality, controls, spikes, speed, the trade-off curve, one report.
+"""Evaluate a spiking model beside its baseline, part by part: quality, tasks, spikes, energy and more; one report.
 
-    report = evaluate(model, source_model, tokenizer, [read_text("essay.txt")], out="report/")
+    report = evaluate(model, source_model, tokenizer, [read_text("essay.txt")], parts=PARTS, out="report/")
 
-All rows are measured in one pass over the texts; `docs/report.md` says what every key of the report means.
+Each part is measured on its own and kept in `out/parts` as soon as it is finished: an interrupted run goes on at the
+next one when it is asked for again. A part that fails is reported as failed, with its error, and the others still run.
+`docs/report.md` says what every key of the report means.
 """
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+import dataclasses
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from spikelm.conversion.texts import calibration_sample
-from spikelm.eval import plots
-from spikelm.eval.controls import MagnitudeProfile
-from spikelm.eval.data import Text, TokenizedText, spread, tokenize
-from spikelm.eval.fidelity import Row, check_pair, compare, run
-from spikelm.eval.report import build, environment, write_report
-from spikelm.eval.rows import TARGETS, calibrated_allocation, control_rows, curve_rows, curve_windows, model_row
-from spikelm.eval.speed import tokens_per_second
-from spikelm.spiking.site import SpikeGroup, SpikeSite, spike_groups
-from spikelm.spiking.trains import execute_trains
+from spikelm.eval import plots, quality
+from spikelm.eval.data import Text
+from spikelm.eval.fidelity import check_pair
+from spikelm.eval.files import png, write_whole
+from spikelm.eval.parts import PROMPT, Part, Result, Subject, evaluating
+from spikelm.eval.report import build, environment, finite, write_report
+from spikelm.eval.store import Store
+from spikelm.spiking.site import SpikeSite
 
 EXECUTE = ("counts", "trains")
-PROMPT = "The brain computes with spikes: short pulses, sent only when there is something to say."
-_CALIBRATION_TOKENS = 2048
+# In the order of the report.
+PARTS: dict[str, Part] = {part.name: part for part in (quality.PART,)}
 
 
 def evaluate(
     model: nn.Module,
-    baseline: nn.Module,
+    baseline: nn.Module | None,
     tokenizer: Any,
     texts: list[Text],
     *,
-    tokens: int = 8000,
-    window: int = 512,
-    controls: bool = True,
-    curve: bool = True,
-    curve_tokens: int = 2000,
+    parts: Sequence[str] = ("quality",),
+    quick: bool = False,
+    settings: dict[str, dict[str, Any]] | None = None,
     calibration: Text | None = None,
     execute: str = "counts",
     prompt: str = PROMPT,
-    names: tuple[str, str] | None = None,
+    names: tuple[str, str | None] | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure `model` against `baseline` on the same windows of the same texts.
+    """Measure `model`, and `baseline` beside it on the same data in the same run.
 
     Args:
         model: a spikelm model, with or without spike sites (then the spike fields of the report are None).
-        baseline: the model it came from; any causal language model of transformers with the same vocabulary.
+        baseline: the model it came from; any causal language model of transformers with the same vocabulary. None:
+            what compares with it is left out.
         tokenizer: of both.
         texts: what to measure on; their names must differ.
-        tokens: tokens of each text. window: tokens of a window; windows are disjoint.
-        controls: whether to measure the control rows: uniform dead zone, TEAL, int-k ANN, plain k = 3.
-        curve: whether to measure perplexity against silent share.
-        curve_tokens: tokens of a point of the curve, over all texts, in whole windows.
+        parts: names of `PARTS`; they run in its order.
+        quick: whether to begin from the parts' quick settings instead of the full ones.
+        settings: part -> fields of its settings that shall be others, e.g. `{"quality": {"tokens": 4096}}`.
         calibration: text for the thresholds of controls and curve; default: `conversion.texts.calibration_sample`.
         execute: `counts`, or `trains` to run the model itself on expanded trains, slot by slot.
         prompt: for the spike raster.
         names: how the report calls model and baseline; default: what they were loaded from.
-        out: folder for `report.json`, `report.md` and pictures; None: nothing is written.
-        progress: whether to show a bar and print an estimate of the time.
+        out: folder for `report.json`, `report.md`, `report.html`, pictures, and `parts/`, from which a run with the
+            same models, texts and settings goes on; None: nothing is written, nothing kept.
+        progress: whether to show a bar with an estimate of the time left.
 
     Returns:
-        The report, as in `report.json`.
+        The report, as in `report.json`. Its `parts` say which of them failed.
 
     Raises:
         ValueError: texts that are too short or share a name, a tokenizer or vocabularies that do not fit, logits that
-            are not finite, an unknown way to execute, trains without spike sites, a file where the folder should be.
+            are not finite, an unknown part, setting or way to execute, trains without spike sites, a file where the
+            folder should be.
     """
-    groups = list(spike_groups(model))
-    spiking = bool(groups)
-    _check(texts, execute, groups, out)
-    cut = [tokenize(text, tokenizer, tokens, window) for text in texts]
-    apply: Callable[[], AbstractContextManager] = partial(execute_trains, model) if execute == "trains" else nullcontext
     calibration = calibration or Text("Python reference topics", calibration_sample(), "pydoc_data.topics")
-    held_out: list[Tensor] = []
-    windows = curve_windows(cut, curve_tokens)
-    with _evaluating(model, baseline):
-        check_pair(model, baseline, cut)
-        load = list(psutil.getloadavg())
-        speed = tokens_per_second(model, baseline, cut[0].windows, apply)
-        rows = [model_row(model, apply)]
-        if spiking and (controls or curve):
-            held_out = spread(calibration, tokenizer, _CALIBRATION_TOKENS, window)
-            profile = _profile(model, held_out, progress)
-            if controls:
-                rows += control_rows(model, cut, profile, progress)
-            if curve:
-                allocate = calibrated_allocation(model, held_out, progress)
-                rows += curve_rows(model, profile, allocate, windows, TARGETS)
-        total = _forward_tokens(cut, rows)
-        with tqdm(total=total, desc="Evaluating", unit="tok", unit_scale=True, disable=not progress) as bar:
-            if progress:
-                bar.write(_estimate(total, cut, speed), file=sys.stderr)
-            compare(model, baseline, cut, rows, bar)
-    report = build(
-        cut,
-        rows,
-        windows if spiking and curve else None,
-        model,
-        speed={"tokens_per_second": speed, "load_average": load},
-        measured_on={
-            "calibration": {
-                "name": calibration.name if held_out else None,
-                "source": calibration.source if held_out else None,
-                "tokens": sum(map(len, held_out)),
-            },
-            "execute": execute,
-            **environment(model, baseline, names),
-        },
-    )
-    if out is not None:
-        write_report(report, out)
-        plots.write(report, model, tokenizer, prompt, out)
+    subject = Subject(model, baseline, tokenizer, texts, calibration, execute, prompt)
+    _check(subject, out)
+    chosen = _chosen(parts, quick, settings or {})
+    folder = None if out is None else Path(out)
+    with evaluating(model, baseline):
+        # Whatever is asked for: models, tokenizer and texts must fit together.
+        cut = next(
+            (setting for part, setting in chosen if part is quality.PART), quality.Settings(tokens=16, window=16)
+        )
+        check_pair(model, baseline, quality.cut(subject, cut))
+        wanted = [part for part, _ in chosen if part.lacks(subject) is None]
+        total = sum(part.cost(subject, setting) for part, setting in chosen if part in wanted)
+        store = Store(folder / "parts" if folder else None, subject, {"quick": quick})
+        results: dict[str, Result] = {}
+        records = []
+        with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
+            for part, setting in chosen:
+                bar.set_description(part.title)
+                record, result = _one(part, setting, subject, store, results, bar)
+                records.append(record)
+                if result is not None:
+                    results[part.name] = result
+        report = build(results, records, environment(subject, names))
+        if folder is not None:
+            _write(report, subject, folder)
     return report
 
 
-def _check(texts: list[Text], execute: str, groups: list[SpikeGroup], out: str | Path | None) -> None:
-    names = [text.name for text in texts]
-    if not texts:
+def failed(report: dict[str, Any]) -> list[str]:
+    """One line for each part of a report that failed: its name and its error."""
+    return [f"{part['name']}: {part['error']}" for part in report["parts"] if part["status"] == "failed"]
+
+
+def _one(
+    part: Part, setting: Any, subject: Subject, store: Store, results: dict[str, Result], bar: tqdm
+) -> tuple[dict[str, Any], Result | None]:
+    """Measure one part, or find what is kept of it; how it ended, and its result."""
+    reason = part.lacks(subject)
+    if reason is not None:
+        return _record(part, setting, "left out", reason), None
+    expected, before = part.cost(subject, setting), bar.n
+    kept = store.read(part, setting)
+    if kept is not None:
+        bar.update(expected)
+        return kept["record"], kept["result"]
+    started, result = time.monotonic(), None
+    record = _record(part, setting, "finished", None)
+    trace = None
+    try:
+        if lost := [name for name in part.needs if name not in results]:
+            raise RuntimeError(f"it is made from the part {lost[0]!r}, which has no result in this run")
+        result = finite(part.run(subject, setting, bar, {name: results[name] for name in part.needs}))
+    except Exception as error:  # whatever it is: the other parts are still wanted
+        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        trace = traceback.format_exc()
+        bar.write(f"{part.title}: failed. {record['error']}")
+    record["seconds"] = time.monotonic() - started
+    bar.update(before + expected - bar.n)  # an estimate that was wrong must not shift those of later parts
+    store.write(part, setting, record | {"traceback": trace}, result)
+    return record, result
+
+
+def _record(part: Part, setting: Any, status: str, error: str | None) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "status": status,
+        "error": error,
+        "seconds": 0.0,
+        "load_average": [round(x, 2) for x in psutil.getloadavg()],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": dataclasses.asdict(setting),
+    }
+
+
+def _chosen(parts: Sequence[str], quick: bool, settings: dict[str, dict[str, Any]]) -> list[tuple[Part, Any]]:
+    """The parts in order, each with its settings."""
+    if unknown := sorted({*parts, *settings} - PARTS.keys()):
+        raise ValueError(f"There is no part {unknown[0]!r}; choose among {', '.join(PARTS)}.")
+    if not parts:
+        raise ValueError(f"No part was asked for; choose among {', '.join(PARTS)}.")
+    chosen = []
+    for name, part in PARTS.items():
+        if name not in parts:
+            continue
+        setting = part.quick if quick else part.full
+        changes = settings.get(name, {})
+        known = [field.name for field in dataclasses.fields(setting)]
+        if strange := sorted(changes.keys() - set(known)):
+            raise ValueError(f"The part {name} has no setting {strange[0]!r}; it has {', '.join(known)}.")
+        chosen.append((part, dataclasses.replace(setting, **changes)))
+    return chosen
+
+
+def _check(subject: Subject, out: str | Path | None) -> None:
+    names = [text.name for text in subject.texts]
+    if not names:
         raise ValueError("There is no text to evaluate on; give at least one.")
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Several texts are called {doubled[0]!r}; give each its own name.")
-    if execute not in EXECUTE:
-        raise ValueError(f"execute must be one of {', '.join(EXECUTE)}; got {execute!r}.")
-    if execute == "trains" and not groups:
+    if subject.execute not in EXECUTE:
+        raise ValueError(f"execute must be one of {', '.join(EXECUTE)}; got {subject.execute!r}.")
+    if subject.execute == "trains" and not subject.spiking:
         raise ValueError("execute is 'trains', but the model has no spike sites; evaluate it with 'counts'.")
-    if strange := next((group for group in groups if not isinstance(group.site, SpikeSite)), None):
-        raise ValueError(
-            f"The report compares spike codes with their controls, but {strange.path} holds "
-            f"{type(strange.site).__name__}: neurons and events have none. Count their spikes with SpikeStatistics."
-        )
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise ValueError(f"{str(out)!r} is a file; give a folder for the report.")
 
 
-@contextmanager
-def _evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Eval mode within, the mode of before afterwards."""
-    modes = [network.training for network in networks]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for network, mode in zip(networks, modes):
-            network.train(mode)
-
-
-def _profile(model: nn.Module, windows: list[Tensor], progress: bool) -> MagnitudeProfile:
-    profile = MagnitudeProfile(model)
-    with profile.collecting():
-        for window in tqdm(windows, desc="Reading magnitudes", unit="window", disable=not progress):
-            run(model, window)
-    return profile
-
-
-def _estimate(total: int, texts: list[TokenizedText], speed: dict[str, dict[str, float]]) -> str:
-    baseline = sum(text.tokens for text in texts)
-    seconds = baseline / speed["baseline"]["prefill"] + (total - baseline) / speed["model"]["prefill"]
-    # Controls and points of the curve may be faster than trains; probabilities over the vocabulary come on top.
-    return (
-        f"{total:,} tokens in all rows at {speed['model']['prefill']:.0f} tokens/s (baseline "
-        f"{speed['baseline']['prefill']:.0f}): about {max(1, round(1.2 * seconds / 60))} min"
-    )
-
-
-def _forward_tokens(texts: list[TokenizedText], rows: list[Row]) -> int:
-    """Tokens of all forward passes: the baseline's and those of every row."""
-    return sum(
-        len(window) * (1 + sum(row.covers(t, w) for row in rows))
-        for t, text in enumerate(texts)
-        for w, window in enumerate(text.windows)
-    )
+def _write(report: dict[str, Any], subject: Subject, folder: Path) -> None:
+    """Pictures and pages; every file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {}
+    if subject.spiking and all(isinstance(group.site, SpikeSite) for group in subject.groups):
+        figures["raster.png"] = plots.raster(subject.model, subject.tokenizer, subject.prompt)
+    for record in report["parts"]:
+        if record["status"] == "finished":
+            part = PARTS[record["name"]]
+            figures |= part.figures(report if part.name == "quality" else report[part.name])
+    for name, figure in figures.items():
+        write_whole(folder / name, png(figure))
+    write_report(report, PARTS, folder)

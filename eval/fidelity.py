@@ -5,9 +5,10 @@
     error   standard error of the ratio, from the spread of the difference in nll from token to token
     kl      mean over the predicted tokens of sum_v p_baseline(v) (log p_baseline(v) - log p_model(v)), in nats
     top-1   share of the predicted tokens where both find the same token most likely
+    top-5   of the five tokens that each finds most likely, the share that both have; mean over the predicted tokens
 
 One forward of the baseline serves every row (the model as it is, and its variants); at any time there are the logits
-of one window of the baseline and of one row, never more.
+of one window of the baseline and of one row, never more. Without a baseline only nll is measured.
 """
 
 import math
@@ -24,20 +25,27 @@ from spikelm.eval.data import TokenizedText
 from spikelm.spiking.site import spike_groups
 from spikelm.spiking.statistics import SpikeStatistics
 
+TOP = 5
 _CHUNK = 64  # tokens whose probabilities are taken at once: keeps the temporaries in the cache
 
 
 @dataclass(frozen=True)
 class WindowScore:
-    """Sums over the predicted tokens of one window; nll and kl in nats, `squares` of the differences in nll."""
+    """Sums over the predicted tokens of one window; nll and kl in nats, `squares` of the differences in nll.
+
+    `common` counts the tokens that are among the likeliest `TOP` of both. Without a baseline all but nll is 0 and
+    `paired` False.
+    """
 
     predicted: int
     text_bytes: int
     nll: float
-    baseline_nll: float
-    kl: float
-    agreed: int
-    squares: float
+    baseline_nll: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+    common: int = 0
+    squares: float = 0.0
+    paired: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,14 +85,14 @@ class Row:
         return kept[text] if text is not None else [one for per_text in kept for one in per_text]
 
 
-def check_pair(model: nn.Module, baseline: nn.Module, texts: list[TokenizedText]) -> None:
-    """Find out at once, on two tokens, whether two models can be compared on these texts.
+def check_pair(model: nn.Module, baseline: nn.Module | None, texts: list[TokenizedText]) -> None:
+    """Find out at once, on two tokens, whether two models, or one, can be measured on these texts.
 
     Raises:
         ValueError: a token is in no vocabulary, the vocabularies differ, or logits are not finite.
     """
     largest = max(int(window.max()) for text in texts for window in text.windows)
-    for network in (model, baseline):
+    for network in [model] if baseline is None else [model, baseline]:
         known = network.get_input_embeddings().num_embeddings  # type: ignore[operator,union-attr]
         if largest >= known:
             raise ValueError(
@@ -92,14 +100,16 @@ def check_pair(model: nn.Module, baseline: nn.Module, texts: list[TokenizedText]
                 "that belongs to the models."
             )
     window = texts[0].windows[0][:2]
-    score(window, run(model, window), log_probs(run(baseline, window)), 1)
+    score(window, run(model, window), _reference(baseline, window), 1)
 
 
-def compare(model: nn.Module, baseline: nn.Module, texts: list[TokenizedText], rows: list[Row], bar: tqdm) -> None:
+def compare(
+    model: nn.Module, baseline: nn.Module | None, texts: list[TokenizedText], rows: list[Row], bar: tqdm
+) -> None:
     """Measure every row on its windows; the results are added to the rows.
 
     Args:
-        model, baseline: causal language models with one vocabulary, in eval mode.
+        model, baseline: causal language models with one vocabulary, in eval mode; the second may be missing.
         texts: the windows.
         rows: what to score; `bar` advances by the tokens of every forward.
 
@@ -113,8 +123,8 @@ def compare(model: nn.Module, baseline: nn.Module, texts: list[TokenizedText], r
             active = [row for row in rows if row.covers(t, w)]
             if not active:
                 continue
-            reference = log_probs(run(baseline, window))
-            bar.update(len(window))
+            reference = _reference(baseline, window)
+            bar.update(0 if reference is None else len(window))
             for row in active:
                 with row.apply():
                     logits, spikes, sites = run_counted(model, window)
@@ -122,6 +132,10 @@ def compare(model: nn.Module, baseline: nn.Module, texts: list[TokenizedText], r
                 row.measured[t].append(Measured(scored, spikes, sites))
                 del logits
                 bar.update(len(window))
+
+
+def _reference(baseline: nn.Module | None, window: Tensor) -> Tensor | None:
+    return None if baseline is None else log_probs(run(baseline, window))
 
 
 def run_counted(model: nn.Module, window: Tensor) -> tuple[Tensor, dict[str, Any] | None, list[dict[str, Any]]]:
@@ -150,43 +164,53 @@ def run(model: nn.Module, window: Tensor) -> Tensor:
     return logits
 
 
-def score(window: Tensor, logits: Tensor, reference: Tensor, text_bytes: int) -> WindowScore:
+def score(window: Tensor, logits: Tensor, reference: Tensor | None, text_bytes: int) -> WindowScore:
     """Compare one window.
 
     Args:
         window: `[tokens]` int64.
         logits: `[tokens, vocabulary]` of the row.
-        reference: `[tokens, vocabulary]` log-probabilities of the baseline.
+        reference: `[tokens, vocabulary]` log-probabilities of the baseline; None: there is none.
         text_bytes: UTF-8 bytes of the predicted tokens.
 
     Raises:
         ValueError: the vocabularies differ in size.
     """
-    if logits.shape[1] != reference.shape[1]:
+    if reference is not None and logits.shape[1] != reference.shape[1]:
         raise ValueError(
             f"The model has a vocabulary of {logits.shape[1]} and its baseline one of {reference.shape[1]}; compare a "
             "model with the one that it was converted from."
         )
-    device, predicted = reference.device, len(window) - 1
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    device = logits.device if reference is None else reference.device
+    predicted, top = len(window) - 1, min(TOP, logits.shape[1])
+    sums = torch.zeros(6, dtype=torch.float64, device=device)
     for start in range(0, predicted, _CHUNK):
         chunk = slice(start, min(start + _CHUNK, predicted))
         targets = window[chunk.start + 1 : chunk.stop + 1, None].to(device)
-        ours, theirs = _log_softmax(logits[chunk].to(device)), reference[chunk]
-        nll, base = (-p.gather(1, targets).double() for p in (ours, theirs))
+        ours = _log_softmax(logits[chunk].to(device))
+        nll = -ours.gather(1, targets).double()
         sums[0] += nll.sum()
+        if reference is None:
+            continue
+        theirs = reference[chunk]
+        base = -theirs.gather(1, targets).double()
         sums[1] += base.sum()
         sums[2] += (theirs.exp() * (theirs - ours)).sum(1).sum(dtype=torch.float64)
+        likeliest, expected = ours.topk(top).indices, theirs.topk(top).indices
         sums[3] += (ours.argmax(1) == theirs.argmax(1)).sum()
-        sums[4] += (nll - base).square().sum()
-    nll_sum, base_sum, kl, agreed, squares = sums.tolist()
-    return WindowScore(predicted, text_bytes, nll_sum, base_sum, kl, int(agreed), squares)
+        sums[4] += (likeliest[:, :, None] == expected[:, None]).sum()
+        sums[5] += (nll - base).square().sum()
+    nll_sum, base_sum, kl, agreed, common, squares = sums.tolist()
+    paired = reference is not None
+    return WindowScore(predicted, text_bytes, nll_sum, base_sum, kl, int(agreed), int(common), squares, paired)
 
 
 def combine(scores: list[WindowScore]) -> dict[str, Any]:
     """Means over the predicted tokens of all windows, with the report's keys; None where a number overflows."""
     tokens = sum(s.predicted for s in scores)
     text_bytes = sum(s.text_bytes for s in scores)
+    if not tokens or not all(s.paired for s in scores):
+        return _alone(scores, tokens, text_bytes)
     nll, baseline = sum(s.nll for s in scores) / tokens, sum(s.baseline_nll for s in scores) / tokens
     ratio = _exp(nll - baseline)
     variance = max(0.0, sum(s.squares for s in scores) / tokens - (nll - baseline) ** 2)
@@ -195,11 +219,26 @@ def combine(scores: list[WindowScore]) -> dict[str, Any]:
         "perplexity_ratio": ratio,
         "perplexity_ratio_error": None if ratio is None else ratio * math.sqrt(variance / tokens),
         "top1_agreement": sum(s.agreed for s in scores) / tokens,
+        "top5_agreement": sum(s.common for s in scores) / tokens / TOP,
         # The sum of tiny terms of both signs may end below zero by rounding.
         "kl_nats": max(0.0, sum(s.kl for s in scores) / tokens),
         "nll_nats": {"model": nll, "baseline": baseline},
         "perplexity": {"model": _exp(nll), "baseline": _exp(baseline)},
         "bits_per_byte": {"model": nll * bits, "baseline": baseline * bits},
+    }
+
+
+def _alone(scores: list[WindowScore], tokens: int, text_bytes: int) -> dict[str, Any]:
+    """The keys of `combine` where nothing was compared."""
+    nll = sum(s.nll for s in scores) / tokens if tokens else None
+    compared = ("perplexity_ratio", "perplexity_ratio_error", "top1_agreement", "top5_agreement", "kl_nats")
+    return dict.fromkeys(compared) | {
+        "nll_nats": {"model": nll, "baseline": None},
+        "perplexity": {"model": None if nll is None else _exp(nll), "baseline": None},
+        "bits_per_byte": {
+            "model": None if nll is None else nll * tokens / math.log(2) / max(text_bytes, 1),
+            "baseline": None,
+        },
     }
 
 

@@ -4,21 +4,17 @@ Figures are made without pyplot, so that nothing global changes. Colours: Okabe 
 shape or place says the same as colour everywhere.
 """
 
-import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 from torch import Tensor, nn
 
-from spikelm.eval.report import write_whole
 from spikelm.kernels.spike_train import expand
 from spikelm.spiking.site import Site, SpikeGroup, spike_groups
 
@@ -36,26 +32,6 @@ _FAMILIES = {
 _SLOTS = {"bitwise": 4, "twos_complement": 5, "ternary": 8, "binary": 8}
 _NEURONS, _TOKENS = 48, 24
 _TICKS = (0.5, 0.7, 0.8, 0.9, 1, 1.05, 1.1, 1.2, 1.35, 1.5, 2, 3, 5, 10, 30, 100, 1000)
-
-
-def write(report: dict[str, Any], model: nn.Module, tokenizer: Any, prompt: str, out: str | Path) -> list[Path]:
-    """Write `raster.png`, `sites.png` and, if the report has a curve, `curve.png` into `out`; returns their paths.
-
-    A model without spike sites gets none.
-    """
-    figures = {}
-    if report["sites"]:
-        figures["raster.png"] = raster(model, tokenizer, prompt)
-        figures["sites.png"] = sites(report)
-    if report["curve"]:
-        figures["curve.png"] = curve(report)
-    written = []
-    for name, figure in figures.items():
-        content = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(content)
-        written.append(Path(out) / name)
-        write_whole(written[-1], content.getvalue())
-    return written
 
 
 def raster(model: nn.Module, tokenizer: Any, prompt: str) -> Figure:

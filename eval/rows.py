@@ -14,7 +14,7 @@ from spikelm.eval import controls
 from spikelm.eval.controls import MagnitudeProfile, match_share
 from spikelm.eval.data import TokenizedText
 from spikelm.eval.fidelity import Row, run_counted
-from spikelm.spiking.site import spike_groups
+from spikelm.spiking.site import SpikeSite, spike_groups
 
 PLAIN_K = 3.0
 TARGETS = (0.2, 0.25, 0.3, 0.4, 0.5)
@@ -136,7 +136,7 @@ def _setting(model: nn.Module | None = None) -> dict[str, Any]:
     empty = {"k": None, "dead_zone": None, "bits_mean": None, "bits_max": None}
     if model is None:
         return empty
-    sites = [group.site for group in spike_groups(model)]
+    sites = [group.site for group in spike_groups(model) if isinstance(group.site, SpikeSite)]
     k = {float(site.k) for site in sites}
     zones = {value for site in sites for value in (float(site.dead_zone.min()), float(site.dead_zone.max()))}
     return empty | {

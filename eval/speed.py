@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,35 +16,31 @@ PROMPT_TOKENS = 32
 DECODE_TOKENS = 32
 
 
+Networks = dict[str, tuple[nn.Module, Callable[[], AbstractContextManager]]]
+
+
 @torch.no_grad()
-def tokens_per_second(
-    model: nn.Module,
-    baseline: nn.Module,
-    windows: list[Tensor],
-    apply: Callable[[], AbstractContextManager] = nullcontext,
-) -> dict[str, dict[str, float]]:
-    """Speed at batch size 1: `{"model": {"prefill": .., "decode": ..}, "baseline": {...}}`, in tokens per second.
+def tokens_per_second(networks: Networks, windows: list[Tensor]) -> dict[str, dict[str, float]]:
+    """Speed at batch size 1: name -> `{"prefill": .., "decode": ..}`, in tokens per second.
 
     Args:
-        model, baseline: causal language models.
+        networks: name -> a causal language model, and what makes the context in which it runs.
         windows: `[tokens]` int64 each; prefill takes them in turn, decoding goes on from the first.
-        apply: makes the context in which the model runs.
     """
-    contexts = {"model": (model, apply), "baseline": (baseline, nullcontext)}
-    spent: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in contexts}
+    spent: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in networks}
     for i in range(1 + PREFILL_PASSES):
         window = windows[i % len(windows)]
-        for name, (network, context) in contexts.items():
+        for name, (network, context) in networks.items():
             with context():
                 seconds, _ = _timed(network, window[None], None)
             if i:
                 spent[name]["prefill"].append(seconds / len(window))
 
     prompt = windows[0][None, :PROMPT_TOKENS]
-    latest = dict.fromkeys(contexts, prompt)
-    caches: dict[str, Any] = dict.fromkeys(contexts)
+    latest = dict.fromkeys(networks, prompt)
+    caches: dict[str, Any] = dict.fromkeys(networks)
     for i in range(2 + DECODE_TOKENS):
-        for name, (network, context) in contexts.items():
+        for name, (network, context) in networks.items():
             with context():
                 seconds, out = _timed(network, latest[name], caches[name], use_cache=True)
             latest[name], caches[name] = out.logits[:, -1:].argmax(-1), out[CACHE_NAME]

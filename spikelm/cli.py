@@ -104,8 +104,7 @@ def quickstart(model: str | None, out: Path, silent_share: float, k: float, toke
         baseline,
         tokenizer,
         [text],
-        tokens=tokens,
-        curve_tokens=curve_tokens,
+        settings={"quality": {"tokens": tokens, "curve_tokens": curve_tokens}},
         names=(str(out), model or "SmolLM2-135M-Instruct"),
         out=out,
     )

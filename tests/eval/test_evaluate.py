@@ -10,12 +10,16 @@ from small_models import SITES, small_model
 from spikelm.eval import report as report_module
 from spikelm.eval.data import Text, tokenize
 from spikelm.eval.evaluate import evaluate
-from spikelm.eval.report import SPIKES, write_report, write_whole
+from spikelm.eval.files import write_whole
+from spikelm.eval.quality import SPIKES
+from spikelm.eval.report import write_report
 from spikelm.eval.rows import curve_windows
 from spikelm.spiking import spike_groups
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "report.md"
-SMALL = {"tokens": 60, "window": 24, "curve_tokens": 40, "progress": False}
+QUALITY = {"tokens": 60, "window": 24, "curve_tokens": 40}
+SMALL = {"settings": {"quality": QUALITY}, "progress": False}
+BARE = SMALL | {"settings": {"quality": QUALITY | {"controls": False, "curve": False}}}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def evaluated(tmp_path_factory, make_tokenizer, make_pair):
 
 def keys(value, path=""):
     """Every key of a report as it is written in the document: `rows[].name`, `perplexity.model`."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not path.endswith("settings"):
         return set().union(*(keys(inner, f"{path}.{name}" if path else name) for name, inner in value.items()))
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return set().union(*(keys(inner, f"{path}[]") for inner in value))
@@ -50,7 +54,15 @@ def test_the_documented_keys_are_the_written_keys(evaluated):
     written = keys(json.loads((out / "report.json").read_text()))
     documented = set(re.findall(r"^\| `([^`]+)` \|", DOCUMENT.read_text(), re.M))
     # A text repeats the headline, the spikes and the rows.
-    quality = ("perplexity_ratio", "perplexity_ratio_error", "top1_agreement", "kl_nats", "nll_nats", "perplexity")
+    quality = (
+        "perplexity_ratio",
+        "perplexity_ratio_error",
+        "top1_agreement",
+        "top5_agreement",
+        "kl_nats",
+        "nll_nats",
+        "perplexity",
+    )
     per_text = (*quality, "bits_per_byte", *SPIKES, "rows[]")
     repeated = {f"texts[].{key}" for key in documented if key.split(".")[0] in per_text}
     assert written == documented | repeated
@@ -103,7 +115,7 @@ def test_what_was_measured_is_written_down(evaluated):
     on = report["measured_on"]
     assert [text["name"] for text in on["texts"]] == ["one", "two"]
     assert on["texts"][0] | {"bytes": 0} == {
-        "name": "one", "source": "here", "tokens": 60, "predicted_tokens": 57, "bytes": 0, "window": 24,
+        "name": "one", "source": "here", "tokens": 60, "predicted_tokens": 57, "bytes": 0, "window": 24, "stride": 24,
     }  # fmt: skip
     assert on["calibration"] == {"name": "calibration", "source": "elsewhere", "tokens": 240}
     assert on["versions"]["torch"] == torch.__version__ and on["threads"] == torch.get_num_threads()
@@ -111,7 +123,7 @@ def test_what_was_measured_is_written_down(evaluated):
     assert all(rate > 0 for speeds in report["tokens_per_second"].values() for rate in speeds.values())
     assert len(report["load_average"]) == 3
     text = (out / "report.md").read_text()
-    for needed in ("TEAL", "uniform dead zone", "int-k", "docs/glossary.md", "raster.png", "sites.png", "curve.png"):
+    for needed in ("TEAL", "uniform dead zone", "int-k", "glossary.md", "raster.png", "sites.png", "curve.png"):
         assert needed in text
     assert "nan" not in text and "None" not in text
 
@@ -122,7 +134,8 @@ def test_pictures_are_written_and_nothing_global_changes(evaluated):
         content = (out / name).read_bytes()
         assert content.startswith(b"\x89PNG") and len(content) > 5000
         assert matplotlib.image.imread(out / name).std() > 0.05  # not an empty canvas
-    assert not list(out.glob(".*")) and len(list(out.iterdir())) == 5
+    pages = {"report.json", "report.md", "report.html", "glossary.md", "parts"}
+    assert {path.name for path in out.iterdir()} == pages | {"raster.png", "sites.png", "curve.png"}
 
 
 def test_evaluation_leaves_the_models_as_they_were(make_pair, tokenizer, prose):
@@ -144,7 +157,7 @@ def test_a_model_without_sites_has_no_spike_fields(make_pair, tokenizer, prose, 
     assert report["perplexity_ratio"] == 1 and report["sites"] == [] and report["curve"] == []
     assert [row["name"] for row in report["rows"]] == ["baseline", "model"]
     assert report["measured_on"]["code"] is None and report["measured_on"]["calibration"]["tokens"] == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+    assert not list(tmp_path.glob("*.png"))
     assert "no spike sites" in (tmp_path / "report.md").read_text()
 
 
@@ -152,16 +165,15 @@ def test_a_model_without_sites_has_no_spike_fields(make_pair, tokenizer, prose, 
 def test_recurrent_mixers_are_evaluated(tokenizer, prose, mixers):
     model = small_model(torch.float32, num_hidden_layers=2, mixers=mixers, spike_sites=SITES)
     baseline = small_model(torch.float32, num_hidden_layers=2)
-    report = evaluate(model, baseline, tokenizer, [prose], controls=False, curve=False, **SMALL)
+    report = evaluate(model, baseline, tokenizer, [prose], **BARE)
     assert report["dense_macs_per_token"]["linear_attention"] > 0
     assert 0 < report["silent_share"] < 1
 
 
 def test_trains_give_the_quality_of_counts(make_pair, tokenizer, prose):
     model, baseline = make_pair(num_hidden_layers=1)
-    choices = SMALL | {"controls": False, "curve": False}
     counts, trains = (
-        evaluate(model, baseline, tokenizer, [prose], execute=execute, **choices) for execute in ("counts", "trains")
+        evaluate(model, baseline, tokenizer, [prose], execute=execute, **BARE) for execute in ("counts", "trains")
     )
     assert trains["measured_on"]["execute"] == "trains"
     for key in ("perplexity_ratio", "kl_nats", "silent_share_reads", "firing_rate"):
@@ -175,8 +187,11 @@ def test_wrong_arguments_are_refused(make_pair, tokenizer, prose, tmp_path):
         "no text": {"texts": []},
         "Several texts are called 'prose'": {"texts": [prose, prose]},
         "execute must be one of counts, trains": {"execute": "spikes"},
-        "too short: 3000 tokens found, 6000 needed": {"tokens": 6000},
+        "too short: 3000 tokens found, 6000 needed": {"settings": {"quality": {"tokens": 6000}}},
         "is a file; give a folder": {"out": tmp_path / "file"},
+        "no part 'taste'; choose among quality": {"parts": ["taste"]},
+        "No part was asked for": {"parts": []},
+        "quality has no setting 'token'; it has tokens, window": {"settings": {"quality": {"token": 5}}},
     }
     for message, changes in cases.items():
         arguments = SMALL | {"texts": [prose]} | changes
@@ -187,9 +202,24 @@ def test_wrong_arguments_are_refused(make_pair, tokenizer, prose, tmp_path):
         evaluate(small, small, tokenizer, [prose], **SMALL)
     with pytest.raises(ValueError, match="no spike sites"):
         evaluate(baseline, baseline, tokenizer, [prose], execute="trains", **SMALL)
-    neurons, _ = make_pair(num_hidden_layers=1, spike_neuron="lif", spike_code="binary")
-    with pytest.raises(ValueError, match=r"qkv_site holds LIFSite: .* Count their spikes with SpikeStatistics"):
-        evaluate(neurons, baseline, tokenizer, [prose], **SMALL)
+
+
+def test_neurons_are_measured_without_controls(make_pair, tokenizer, prose, tmp_path):
+    neurons, baseline = make_pair(torch.float32, num_hidden_layers=1, spike_neuron="lif", spike_code="binary")
+    report = evaluate(neurons, baseline, tokenizer, [prose], out=tmp_path, **SMALL)
+    assert [row["name"] for row in report["rows"]] == ["baseline", "model"] and report["curve"] == []
+    assert "qkv_site holds LIFSite" in report["controls_left_out"] and report["silent_share"] > 0
+    assert report["controls_left_out"] in (tmp_path / "report.md").read_text()
+
+
+def test_without_a_baseline_the_model_stands_alone(make_pair, tokenizer, prose, tmp_path):
+    model, baseline = make_pair(torch.float32, num_hidden_layers=1)
+    alone = evaluate(model, None, tokenizer, [prose], out=tmp_path, **BARE)
+    paired = evaluate(model, baseline, tokenizer, [prose], **BARE)
+    assert alone["bits_per_byte"]["model"] == pytest.approx(paired["bits_per_byte"]["model"], rel=1e-6)
+    assert alone["bits_per_byte"]["baseline"] is None
+    assert alone["kl_nats"] is None and [row["name"] for row in alone["rows"]] == ["model"]
+    assert alone["measured_on"]["baseline"] is None and "bits per byte" in (tmp_path / "report.md").read_text()
 
 
 def test_curve_windows_are_taken_in_turn_from_every_text(tokenizer, letters, prose):
@@ -217,7 +247,7 @@ def test_a_report_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_numbers_that_json_does_not_know_never_reach_a_file(tmp_path):
-    assert report_module._finite({"a": [float("nan"), 1.0], "b": float("inf")}) == {"a": [None, 1.0], "b": None}
+    assert report_module.finite({"a": [float("nan"), 1.0], "b": float("inf")}) == {"a": [None, 1.0], "b": None}
     with pytest.raises(ValueError, match="JSON compliant"):
-        write_report({"perplexity_ratio": float("nan")}, tmp_path)
+        write_report({"perplexity_ratio": float("nan")}, {}, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ def test_quality_equals_a_computation_by_hand(make_pair, tokenizer, letters, pro
     (row,) = compared(model, baseline, texts, Row("model"))
 
     nll: dict = {model: [], baseline: []}
-    kl, agreed, text_bytes = [], [], 0
+    kl, agreed, common, text_bytes = [], [], [], 0
     for text in texts:
         for window in text.windows:
             p = {}
@@ -31,6 +31,8 @@ def test_quality_equals_a_computation_by_hand(make_pair, tokenizer, letters, pro
             q, r = p[baseline], p[model]
             kl += (q * (q / r).log()).sum(1).tolist()
             agreed += (q.argmax(1) == r.argmax(1)).tolist()
+            fives = zip(q.topk(5).indices.tolist(), r.topk(5).indices.tolist())
+            common += [len(set(one) & set(other)) / 5 for one, other in fives]
             text_bytes += len(window) - 1  # every character here is one byte
     mean = {network: sum(values) / len(values) for network, values in nll.items()}
     result = combine([one.score for one in row.select()])
@@ -43,6 +45,7 @@ def test_quality_equals_a_computation_by_hand(make_pair, tokenizer, letters, pro
     assert result["perplexity_ratio_error"] == pytest.approx(error, rel=1e-5)
     assert result["kl_nats"] == pytest.approx(sum(kl) / len(kl), rel=1e-9)
     assert result["top1_agreement"] == sum(agreed) / len(agreed)
+    assert result["top5_agreement"] == pytest.approx(sum(common) / len(common), rel=1e-12)
     bits = sum(nll[model]) / math.log(2) / text_bytes
     assert result["bits_per_byte"]["model"] == pytest.approx(bits, rel=1e-9)
 
@@ -53,6 +56,17 @@ def test_a_model_equals_itself(make_pair, tokenizer, letters):
     result = combine([one.score for one in row.select()])
     assert result["perplexity_ratio"] == 1 and result["top1_agreement"] == 1 and result["kl_nats"] < 1e-12
     assert all(one.spikes is None for one in row.select())
+
+
+def test_without_a_baseline_there_is_nothing_to_compare(make_pair, tokenizer, letters):
+    model, baseline = make_pair()
+    text = tokenize(letters, tokenizer, 40, 20)
+    alone, paired = compared(model, None, [text], Row("model")), compared(model, baseline, [text], Row("model"))
+    one, both = (combine([m.score for m in row.select()]) for (row,) in (alone, paired))
+    assert one.keys() == both.keys()
+    for key in ("nll_nats", "perplexity", "bits_per_byte"):
+        assert one[key]["model"] == pytest.approx(both[key]["model"], rel=1e-12) and one[key]["baseline"] is None
+    assert one["kl_nats"] is one["perplexity_ratio"] is one["top1_agreement"] is one["top5_agreement"] is None
 
 
 def test_one_baseline_pass_serves_all_rows(make_pair, tokenizer, letters):

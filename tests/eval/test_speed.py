@@ -1,5 +1,5 @@
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -21,7 +21,7 @@ def test_both_models_are_timed_in_turn_on_rotating_windows(make_pair):
         yield
 
     windows = [torch.arange(40), torch.arange(30)]
-    speed = tokens_per_second(model, baseline, windows, apply)
+    speed = tokens_per_second({"model": (model, apply), "baseline": (baseline, nullcontext)}, windows)
     prefill, decode = order[: 2 * (1 + PREFILL_PASSES)], order[2 * (1 + PREFILL_PASSES) :]
     assert [name for name, _ in order] == ["model", "baseline"] * (len(order) // 2)
     assert [length for _, length in prefill[::2]] == [40, 30, 40, 30, 40, 30]
