@@ -16,7 +16,7 @@
 namespace {
 
 constexpr int64_t PIECE = 256;     // keys of a task
-constexpr int64_t SHARED = 65536;  // floats of keys below which one thread is faster than waking another
+constexpr int64_t SHARED = 16384;  // floats of keys below which one thread is faster than waking another
 
 struct Call {  // as _Call in attend.py
     float *qkv;
@@ -40,10 +40,9 @@ float dot(const float *a, const float *b, int64_t n) {
     Floats sum = {};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) sum += *(const Floats *)(a + i) * *(const Floats *)(b + i);
-    float total = 0.0f;
-    for (int64_t lane = 0; lane < LANES; lane++) total += sum[lane];
-    for (; i < n; i++) total += a[i] * b[i];
-    return total;
+    float all = total(sum);
+    for (; i < n; i++) all += a[i] * b[i];
+    return all;
 }
 
 // Keys [begin, end) of a head for each query of its group: [largest, sum, values...] in `part`.

@@ -15,6 +15,7 @@
 namespace {
 
 constexpr int64_t BATCH = 8;       // inputs that share a list of events
+constexpr int64_t BLOCK = 64;      // inputs that are listed at once
 constexpr int64_t SHARED = 65536;  // bytes of weights below which one thread is faster than waking another
 
 struct Call {  // as _Call in event_linear_cpp.py
@@ -122,7 +123,29 @@ void prepare(const Call &c, int64_t first, int64_t batch, Scratch &s) {
     }
     s.sums = !integers ? Scratch::VALUES : narrow ? Scratch::INT32_FITS : Scratch::DOUBLE;
     if (BYTES && s.sums == Scratch::INT32_FITS && c.format != INT16 && more < size / 8) s.sums = Scratch::BYTES_FIT;
-    s.events.resize(B * (size + size / 8)), s.indices.resize(size + size / 8);
+    s.events.resize(B * (size + size / 8) + LANES), s.indices.resize(size + size / 8 + LANES);
+}
+
+// Events of inputs [from, to) of one row, to - from a multiple of LANES; how many there are. None is above `limit`, or
+// nothing is done and -1 the answer.
+int64_t list_block(const float *values, int64_t from, int64_t to, float limit, bool dense, float *event, int32_t *index) {
+#if defined(__AVX512F__)
+    const __m512 most = _mm512_set1_ps(limit);
+    __m512i at = _mm512_add_epi32(_mm512_set1_epi32((int32_t)from), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+                                                                                   11, 12, 13, 14, 15));
+    int64_t count = 0;
+    for (int64_t i = from; i < to; i += LANES, at = _mm512_add_epi32(at, _mm512_set1_epi32(LANES))) {
+        const __m512 v = _mm512_loadu_ps(values + i);
+        if (_mm512_cmp_ps_mask(_mm512_abs_ps(v), most, _CMP_GT_OQ)) return -1;
+        const __mmask16 active = dense ? 0xffff : _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        _mm512_storeu_ps(event + count, _mm512_maskz_compress_ps(active, v));
+        _mm512_storeu_si512(index + count, _mm512_maskz_compress_epi32(active, at));
+        count += __builtin_popcount(active);
+    }
+    return count;
+#else
+    return -1;
+#endif
 }
 
 // Inputs that are not silent in all rows. For byte products a larger count becomes several events.
@@ -131,38 +154,42 @@ void list_events(const Call &c, int64_t batch, Scratch &s) {
     float *event = s.events.data();
     int32_t *index = s.indices.data();
     const float limit = s.sums == Scratch::BYTES_FIT ? LARGEST : std::numeric_limits<float>::infinity();
-    for (int64_t i = 0; i < c.inputs; i++) {
-        bool active = c.dense, more = false;
-        float *rest = &s.values[i];
-        for (int64_t b = 0; b < B; b++) {
-            const float v = b < batch ? rest[b * s.stride] : 0.0f;
-            event[b] = v;
-            active |= v != 0.0f;
-            more |= std::fabs(v) > limit;
+    for (int64_t from = 0; from < c.inputs; from += BLOCK) {
+        const int64_t to = std::min(from + BLOCK, c.inputs);
+        if (B == 1 && to - from == BLOCK) {
+            const int64_t listed = list_block(s.values.data(), from, to, limit, c.dense, event, index);
+            if (listed >= 0) {
+                event += listed, index += listed;
+                continue;
+            }
         }
-        while (more) {
-            more = false;
+        for (int64_t i = from; i < to; i++) {
+            bool active = c.dense, more = false;
+            float *rest = &s.values[i];
             for (int64_t b = 0; b < B; b++) {
                 const float v = b < batch ? rest[b * s.stride] : 0.0f;
-                event[b] = std::clamp(v, -limit, limit);
-                if (b < batch) rest[b * s.stride] = v - event[b];
-                more |= v != event[b];
+                event[b] = v;
+                active |= v != 0.0f;
+                more |= std::fabs(v) > limit;
             }
-            *index++ = i;
-            event += B;
-            active = false;
+            while (more) {
+                more = false;
+                for (int64_t b = 0; b < B; b++) {
+                    const float v = b < batch ? rest[b * s.stride] : 0.0f;
+                    event[b] = std::clamp(v, -limit, limit);
+                    if (b < batch) rest[b * s.stride] = v - event[b];
+                    more |= v != event[b];
+                }
+                *index++ = i;
+                event += B;
+                active = false;
+            }
+            *index = i;
+            event += active ? B : 0;
+            index += active;
         }
-        *index = i;
-        event += active ? B : 0;
-        index += active;
     }
     s.indices.resize(index - s.indices.data());
-}
-
-float total(Floats v) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < LANES; i++) sum += v[i];
-    return sum;
 }
 
 // Outputs [begin, end) of a table: a weight row times every value row.

@@ -109,6 +109,16 @@ class ForwardContext:
         plain = valid is None and boundary is None and not tracing and (cache is None or cache.plain)
         return cls(valid, boundary, time, start, cache=cache, plain=plain)
 
+    @classmethod
+    def next_token(cls, cache: SpikeCache) -> tuple["ForwardContext", Tensor]:
+        """What `build` makes of one token `[B, 1]` that simply goes on behind a plain cache, and its positions `[B, 1]`.
+
+        Decoding spends its time in many small steps: here nothing is looked for that cannot be there.
+        """
+        shared = cache.shared.states
+        context = cls(None, None, shared["tokens"][:, None], shared["start"][:, None], cache=cache, plain=True)
+        return context, shared["position"][:, None] + 1
+
     def keys(self, window: int | None = None, sinks: int = 0, off_by_one: bool = False) -> KeyView:
         """The view of cached and new keys for full attention (`window=None`) or a window of that width."""
         geometry = (window, sinks, off_by_one)
@@ -159,6 +169,8 @@ class ForwardContext:
 
     def _last(self) -> tuple[Tensor, Tensor]:
         """Time and document start `[B, 1]` of the last real token of each row, this pass included."""
+        if self.plain:
+            return self.time[:, -1:], self.start[:, -1:]
         last = self.time.max(1, keepdim=True).values
         if self.cache is not None and "tokens" in self.cache.shared.states:
             last = last.maximum(self.cache.shared.states["tokens"][:, None] - 1)

@@ -229,11 +229,14 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
 
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
-        restarts = None if cu_seqlens is None else _restarts(cu_seqlens, x)
-        if position_ids is None:
-            position_ids = _positions(x, attention_mask, cache, restarts)
-        position_ids = position_ids.expand(x.shape[0], -1)
-        context = ForwardContext.build(position_ids, attention_mask, cache, restarts)
+        if cu_seqlens is attention_mask is position_ids is None and _goes_on(x, cache):
+            context, position_ids = ForwardContext.next_token(cache)  # type: ignore[arg-type]
+        else:
+            restarts = None if cu_seqlens is None else _restarts(cu_seqlens, x)
+            if position_ids is None:
+                position_ids = _positions(x, attention_mask, cache, restarts)
+            position_ids = position_ids.expand(x.shape[0], -1)
+            context = ForwardContext.build(position_ids, attention_mask, cache, restarts)
         context.rope = {name: rotary(x, position_ids) for name, rotary in self.rotary.items()}
         for layer in self.layers if self.runs is None else self.runs:
             x = layer(x, context=context)
@@ -372,6 +375,18 @@ def _checked_cache(cache: Any, past_key_values: Any = None) -> SpikeCache | None
     raise ValueError(
         f"cache must be a SpikeCache, got {type(cache).__name__}: a spikelm model carries recurrent states too. Use "
         "the cache that the model returned, or SpikeCache(model.config)."
+    )
+
+
+def _goes_on(x: Tensor, cache: SpikeCache | None) -> bool:
+    """Whether `x` `[B, 1, hidden]` is the next token of texts without padding or document boundaries so far."""
+    return (
+        cache is not None
+        and cache.plain
+        and x.shape[1] == 1
+        and "position" in cache.shared.states
+        and cache.shared.states["position"].shape[0] == x.shape[0]
+        and not torch.compiler.is_compiling()
     )
 
 
