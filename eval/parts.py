@@ -71,6 +71,10 @@ def _no_figures(result: Result) -> dict[str, Figure]:
     return {}
 
 
+def _no_summary(result: Result) -> dict[str, float | str | None]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Part:
     """One part of an evaluation.
@@ -83,6 +87,7 @@ class Part:
         cost: (subject, settings) -> tokens that the bar will move by: forward tokens of either network, a decoded
             token counted as `DECODED`.
         page: result -> Markdown paragraphs, tables and images among them. figures: result -> file name -> figure.
+        summary: result -> label with unit -> number: what is put beside that of other reports.
         needs: names of parts whose results it reads.
         lacks: subject -> why the part cannot be asked of this subject, or None if it can.
     """
@@ -95,6 +100,7 @@ class Part:
     cost: Callable[[Subject, Any], float]
     page: Callable[[Result], list[str]]
     figures: Callable[[Result], dict[str, Figure]] = _no_figures
+    summary: Callable[[Result], dict[str, float | str | None]] = _no_summary
     needs: tuple[str, ...] = ()
     lacks: Callable[[Subject], str | None] = lambda subject: None
 

@@ -19,6 +19,7 @@ from spikelm.eval.markdown import quality_page
 from spikelm.eval.parts import DECODED, Part, Result, Subject
 from spikelm.eval.rows import TARGETS, calibrated_allocation, control_rows, curve_rows, curve_windows, model_row
 from spikelm.eval.speed import DECODE_TOKENS, PREFILL_PASSES, PROMPT_TOKENS, tokens_per_second
+from spikelm.eval.tables import ratio
 from spikelm.spiking.site import SpikeSite, spike_groups
 
 SILENT = ("silent_share", "silent_share_reads", "silent_share_reads_all_weights")
@@ -120,13 +121,37 @@ def figures(result: Result) -> dict[str, Figure]:
     return drawn | {"curve.png": plots.curve(result)} if result["curve"] else drawn
 
 
+def summary(result: Result) -> dict[str, float | str | None]:
+    """The headline, and the loss of every control."""
+    speed = result["tokens_per_second"]
+    controls = {
+        f"perplexity ratio of the control {row['name']}": row["perplexity_ratio"]
+        for row in result["rows"]
+        if row["name"] not in ("baseline", "model")
+    }
+    rates = result["firing_rate"] or {}
+    return {
+        "perplexity (per token)": result["perplexity"]["model"],
+        "bits per byte": result["bits_per_byte"]["model"],
+        "perplexity ratio": result["perplexity_ratio"] and ratio(result),
+        "KL (nats per token)": result["kl_nats"],
+        "top-1 agreement": result["top1_agreement"],
+        "top-5 agreement": result["top5_agreement"],
+        "silent share (reads)": result["silent_share_reads"],
+        "silent share (reads, all weights)": result["silent_share_reads_all_weights"],
+        **{f"firing rate, {form} (spikes per input)": rate for form, rate in rates.items()},
+        "prefill (tokens per second)": speed["model"]["prefill"],
+        "decode (tokens per second)": speed["model"]["decode"],
+        **controls,
+    }
+
+
 def missing() -> Result:
     """The keys of a result, without numbers: what the report holds where this part did not come to an end."""
     lists: Result = {key: [] for key in ("rows", "curve", "texts", "sites")}
     others = ("tokens_per_second", "load_average", "controls_left_out", "transfer")
     calibration = {"name": None, "source": None, "tokens": 0}
-    nothing = dict.fromkeys((*combine([]), *SPIKES, *others))
-    return nothing | lists | {"measured_on": {"texts": [], "calibration": calibration}}
+    return combine([]) | dict.fromkeys((*SPIKES, *others)) | lists | {"measured_on": {"texts": [], "calibration": calibration}}
 
 
 def _no_code(subject: Subject) -> str | None:
@@ -251,4 +276,5 @@ PART = Part(
     cost=cost,
     page=quality_page,
     figures=figures,
+    summary=summary,
 )

@@ -85,14 +85,18 @@ def write_report(report: dict[str, Any], parts: Mapping[str, Part], out: str | P
     Raises:
         ValueError: the report holds a number that is not finite.
     """
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    page, glossary = markdown(report, parts), GLOSSARY.read_text(encoding="utf-8")
+    write_pages(markdown(report, parts), out, "report")
+    write_whole(Path(out) / "report.json", (text + "\n").encode())
+
+
+def write_pages(page: str, out: str | Path, name: str) -> None:
+    """Write a page of Markdown as `NAME.md` and `NAME.html`, and `glossary.md`, into the folder `out`."""
+    folder, glossary = Path(out), GLOSSARY.read_text(encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "glossary.md", glossary.encode())
-    write_whole(folder / "report.md", page.encode())
-    write_whole(folder / "report.html", html(page, glossary, folder).encode())
-    write_whole(folder / "report.json", (text + "\n").encode())
+    write_whole(folder / f"{name}.md", page.encode())
+    write_whole(folder / f"{name}.html", html(page, glossary, folder).encode())
 
 
 def finite(value: Any) -> Any:

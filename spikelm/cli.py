@@ -1,4 +1,4 @@
-"""The `spikelm` command: quickstart, convert, import, export, train, generate, eval, bench."""
+"""The `spikelm` command: quickstart, convert, import, export, train, generate, eval, compare, bench."""
 
 import sys
 import time
@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import torch
+import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
@@ -21,7 +22,7 @@ from spikelm.conversion.smollm import smollm2_gguf
 from spikelm.conversion.sources import quiet
 from spikelm.conversion.texts import evaluation_sample
 from spikelm.eval.data import Text, read_texts
-from spikelm.eval.evaluate import evaluate
+from spikelm.eval.evaluate import PARTS, evaluate, failed
 from spikelm.inference.prepare import EVENTS, prepare_for_inference, set_events
 from spikelm.loading import load_model
 from spikelm.spiking import SpikeStatistics, execute_trains, spike_groups
@@ -260,48 +261,116 @@ def generate(
 
 @app.command("eval")
 @click.argument("model")
-@click.option("--baseline", required=True, help="The model it came from: a folder, hub id or .gguf file.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the report and pictures.")
+@click.option(
+    "--baseline", help="The model it came from: a folder, hub id or .gguf file.  [default: nothing beside it]"
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True, help="Folder.")
+@click.option("--parts", help=f"Some of {','.join(PARTS)}.  [default: all; with --tasks, tasks alone]")
+@click.option("--quick", is_flag=True, help="Fewer tokens in every part: minutes for a small model on a CPU.")
 @click.option("--text", type=click.Path(path_type=Path), multiple=True, help="UTF-8 text file; may be repeated.")
-@click.option("--tokens", default=8000, show_default=True, help="Tokens of each text.")
-@click.option("--window", default=512, show_default=True, help="Tokens of a window; windows are disjoint.")
+@click.option("--tasks", help="Tasks of lm-evaluation-harness, with commas.  [default: small ones without a download]")
+@click.option(
+    "--include-path", type=click.Path(path_type=Path), multiple=True, help="Folder with task files; may be repeated."
+)
+@click.option("--tokens", type=int, help="Tokens of each text for quality.  [default: 8000; quick: 2048]")
+@click.option("--window", type=int, help="Tokens of a window; windows are disjoint.  [default: 512]")
 @click.option("--controls/--no-controls", default=True, show_default=True, help="Measure the control rows too.")
-@click.option("--curve-tokens", default=2000, show_default=True, help="Tokens of a point of the curve; 0: no curve.")
+@click.option("--curve-tokens", type=int, help="Tokens of a point of the curve; 0: no curve.  [default: 2000]")
 @click.option("--calibration-text", type=click.Path(path_type=Path), help="For controls and curve.")
+@click.option("--set", "changes", metavar="PART.NAME=VALUE", multiple=True, help="Any other setting of a part.")
 @_stored
 @_execute
 @_dtype_option("float32")
 def eval_command(
     model: str,
-    baseline: str,
+    baseline: str | None,
     out: Path,
+    parts: str | None,
+    quick: bool,
     text: tuple[Path, ...],
     calibration_text: Path | None,
-    curve_tokens: int,
     weights: str | None,
     events: str | None,
+    execute: str,
     dtype: str,
     **choices: Any,
 ) -> None:
-    """Measure MODEL against its baseline: quality, controls, spikes, speed."""
+    """Measure MODEL, beside its baseline if one is given: one report from all parts.
+
+    The same command goes on where an interrupted one stopped. A part that fails is reported; then the exit code is 1.
+    """
+    settings = _settings(**choices)
+    chosen = parts.split(",") if parts else ["tasks"] if "tasks" in settings.get("tasks", {}) else list(PARTS)
     texts = read_texts(text) or [Text("Python reference", evaluation_sample(), "pydoc_data.topics")]
     calibration = read_texts([calibration_text])[0] if calibration_text is not None else None
     network, tokenizer = load_model(model, dtype=DTYPES.get(dtype))
     _lay_out(network, weights, events)
-    source, _ = load_model(baseline, dtype=DTYPES.get(dtype))
+    source = load_model(baseline, dtype=DTYPES.get(dtype))[0] if baseline is not None else None
     report = evaluate(
         network,
         source,
         tokenizer,
         texts,
-        curve=curve_tokens > 0,
-        curve_tokens=curve_tokens or choices["window"],
+        parts=chosen,
+        quick=quick,
+        settings=settings,
         calibration=calibration,
+        execute=execute,
         names=(model, baseline),
         out=out,
-        **choices,
     )
     _say_report(report, out)
+
+
+def _settings(
+    tasks: str | None,
+    include_path: tuple[Path, ...],
+    tokens: int | None,
+    window: int | None,
+    controls: bool,
+    curve_tokens: int | None,
+    changes: tuple[str, ...],
+) -> dict[str, dict[str, Any]]:
+    """Options of `spikelm eval` as settings of parts."""
+    settings: dict[str, dict[str, Any]] = {}
+    given: dict[str, Any] = {
+        "quality.tokens": tokens,
+        "quality.window": window,
+        "quality.controls": None if controls else False,
+        "quality.curve": False if curve_tokens == 0 else None,
+        "quality.curve_tokens": curve_tokens or None,
+        "tasks.tasks": tuple(tasks.split(",")) if tasks else None,
+        "tasks.include_path": tuple(map(str, include_path)) or None,
+    }
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals or name.count(".") != 1:
+            raise ValueError(f"--set {change} is not of the form PART.NAME=VALUE, as in --set quality.tokens=4096.")
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set {change}: {value!r} is no YAML value; write numbers, words or [lists].") from None
+    for key, setting in given.items():
+        part, _, field = key.partition(".")
+        if setting is not None:
+            settings.setdefault(part, {})[field] = tuple(setting) if isinstance(setting, list) else setting
+    return settings
+
+
+@app.command()
+@click.argument("reports", nargs=-1, required=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for compare.md and compare.html.")
+def compare(reports: tuple[str, ...], out: Path | None) -> None:
+    """Put REPORTS, folders that `spikelm eval` wrote, side by side."""
+    from spikelm.eval.compare_reports import column_names, compare_reports, read_report
+
+    page = compare_reports(dict(zip(column_names(reports), map(read_report, reports))), PARTS)
+    print(page)
+    if out is not None:
+        from spikelm.eval.report import write_pages
+
+        write_pages(page, out, "compare")
+        _say(f"Wrote {out / 'compare.md'} and {out / 'compare.html'}.")
 
 
 @app.group()
@@ -409,12 +478,22 @@ def _record(folder: Path, report: dict[str, Any]) -> None:
 
 
 def _say_report(report: dict[str, Any], out: Path) -> None:
-    line = f"perplexity ratio {report['perplexity_ratio']:.3f}, top-1 agreement {report['top1_agreement']:.3f}, "
-    line += f"KL {report['kl_nats']:.4f} nats"
+    """What came out, in a line, and what failed: then the command ends with exit code 1."""
+    numbers = []
+    if report["perplexity_ratio"] is not None:
+        numbers.append(f"perplexity ratio {report['perplexity_ratio']:.3f}")
+        numbers.append(f"top-1 agreement {report['top1_agreement']:.3f}, KL {report['kl_nats']:.4f} nats")
+    elif report["bits_per_byte"]["model"] is not None:
+        numbers.append(f"{report['bits_per_byte']['model']:.3f} bits per byte")
     if report["silent_share_reads"] is not None:
-        line += f", silent share of weight reads {report['silent_share_reads']:.3f}"
-    _say(line)
-    _say(f"Report: {out / 'report.md'}, {out / 'report.json'} and pictures beside them.")
+        numbers.append(f"silent share of weight reads {report['silent_share_reads']:.3f}")
+    if numbers:
+        _say(", ".join(numbers))
+    _say(f"Report: {out / 'report.md'}, {out / 'report.html'}, {out / 'report.json'} and pictures beside them.")
+    if errors := failed(report):
+        for error in errors:
+            _say("spikelm: failed: " + " ".join(error.split()))
+        click.get_current_context().exit(1)
 
 
 def _say(line: str) -> None:
@@ -422,10 +501,12 @@ def _say(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 after one line on stderr that says what to do."""
+    """Run the command line; returns the exit code: 0; 2 after one line on stderr that says what to do; 1 if a part of
+    an evaluation failed.
+    """
     try:
-        app.main(arguments, prog_name="spikelm", standalone_mode=False)
-        return 0
+        code = app.main(arguments, prog_name="spikelm", standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
         return 2

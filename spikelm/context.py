@@ -111,7 +111,7 @@ class ForwardContext:
 
     @classmethod
     def next_token(cls, cache: SpikeCache) -> tuple["ForwardContext", Tensor]:
-        """What `build` makes of one token `[B, 1]` that simply goes on behind a plain cache, and its positions `[B, 1]`.
+        """What `build` makes of one token that goes on behind a plain cache, and its positions `[B, 1]`.
 
         Decoding spends its time in many small steps: here nothing is looked for that cannot be there.
         """

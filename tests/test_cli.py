@@ -1,5 +1,6 @@
 """The command line from end to end on a tiny model, and its errors: one line, exit code 2, nothing left behind."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from small_tokenizer import letters
 from spikelm.cli import main
+from spikelm.eval.evaluate import PARTS
 from tests.conversion import spikegpt
 from tests.conversion.spikingbrain import published_tensors, write_published
 
@@ -117,16 +119,35 @@ def test_generate_runs_a_plain_source_too(source, capsys):
     assert capsys.readouterr().out.startswith("the quick")
 
 
-def test_eval_writes_a_report(converted, source, text, tmp_path):
+def test_eval_writes_a_report(converted, source, text, tmp_path, capsys):
     options = ["--tokens", 512, "--window", 128, "--curve-tokens", 128, "--calibration-text", text]
+    options += ["--parts", "quality"]
     assert call("eval", converted, "--baseline", source, "--text", text, "--out", tmp_path / "report", *options) == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["perplexity_ratio"] > 0 and 0.2 < report["silent_share_reads"] < 0.4
-    assert {path.suffix for path in (tmp_path / "report").iterdir()} == {".json", ".md", ".png"}
+    assert {path.suffix for path in (tmp_path / "report").iterdir()} == {"", ".json", ".md", ".html", ".png"}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3 and 'id="glossary"' in page and "http" not in page
+    capsys.readouterr()
+    assert call("compare", tmp_path / "report", tmp_path / "report", "--out", tmp_path / "compared") == 0
+    printed = capsys.readouterr().out
+    assert "| perplexity ratio |" in printed and (tmp_path / "compared" / "compare.md").read_text() in printed
+
+
+def test_eval_says_by_its_exit_code_that_a_part_failed(converted, source, text, tmp_path, capsys, monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setitem(PARTS, "quality", dataclasses.replace(PARTS["quality"], run=breaks))
+    command = ["eval", converted, "--baseline", source, "--text", text, "--out", tmp_path, "--tokens", 256]
+    assert call(*command, "--parts", "quality", "--set", "quality.window=128") == 1
+    assert "spikelm: failed: quality: RuntimeError: out of luck" in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text())["parts"][0]["settings"]["window"] == 128
 
 
 def test_eval_on_trains_agrees_with_counts(converted, source, text, tmp_path):
     options = ["--tokens", 256, "--window", 128, "--curve-tokens", 0, "--no-controls", "--dtype", "float64"]
+    options += ["--parts", "quality"]
     reports = []
     for execute in ("counts", "trains"):
         out = tmp_path / execute
@@ -175,7 +196,11 @@ def test_bench_kernels_prints_a_table_and_writes_json(tmp_path, capsys):
         (["bench", "decode"], "either a model folder or --shape"),
         (["eval", "CONVERTED", "--baseline", "SOURCE", "--text", "nowhere.txt", "--out", "OUT"], "no such file"),
         (["eval", "CONVERTED", "--baseline", "nowhere", "--text", "TEXT", "--out", "OUT"], "does not exist"),
-        (["eval", "CONVERTED", "--text", "TEXT", "--out", "OUT"], "--baseline"),
+        (["eval", "CONVERTED", "--text", "TEXT", "--out", "OUT", "--parts", "taste"], "no part 'taste'"),
+        (["eval", "CONVERTED", "--text", "TEXT", "--out", "OUT", "--set", "tokens=5"], "PART.NAME=VALUE"),
+        (["eval", "CONVERTED", "--text", "TEXT", "--out", "OUT", "--set", "quality.tokens=["], "no YAML value"),
+        (["eval", "CONVERTED", "--text", "TEXT", "--out", "OUT", "--set", "quality.taste=1"], "no setting 'taste'"),
+        (["compare", "OUT"], "no report at"),
         (["quickstart", "--model", "nowhere", "--out", "OUT"], "does not exist"),
         (["quickstart", "--out", "SOURCE"], "never overwritten"),
         (["frobnicate"], "No such command"),
