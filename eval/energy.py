@@ -116,8 +116,8 @@ def page(result: Result) -> list[str]:
     parts = [
         f"An **estimate** by an analytic model, never a measurement: operations and bytes per token, counted on "
         f"{result['tokens']:,} tokens by the part before, times the constants below. Weights behind spike sites are "
-        "int8 in every column but the first. Head, linears that read real values, attention, recurrent states and norms "
-        "are the same work in every column.",
+        "int8 in every column but the first. Head, linears that read real values, attention, recurrent states and "
+        "norms are the same work in every column.",
     ]
     if result["form"] is None:
         parts.append(
@@ -194,8 +194,8 @@ def _constants(constants: dict[str, Any]) -> str:
 _HOLES = (
     "Not counted: softmax, activation functions, rotary embeddings, residual additions and embedding rows; routing of "
     "events over a chip, clocks, leakage, control, and the granularity of memory (a row of weights is taken to be read "
-    "by itself); accumulators wider than 8 bits, and shifts of bitwise spikes; membranes of hardware that unrolls counts "
-    "into slots. Reuse of weights within a batch or a prompt is left out in every column: this is one token at batch "
+    "by itself); accumulators wider than 8 bits, and shifts of bitwise spikes; membranes of hardware that unrolls "
+    "counts into slots. Reuse of weights within a batch or a prompt is left out in every column: this is one token at batch "
     "size 1."
 )
 

@@ -247,9 +247,9 @@ def _counts(result: Result) -> Figure:
     left.set_title("Counts by site, all layers")
     layers = [row["layer"] for row in result["histograms_by_layer"]]
     for low, high, colour in ((0, 0, "#bbbbbb"), (1, 1, "#56B4E9"), (2, 7, "#0072B2"), (8, 15, "#E69F00")):
-        shares = [_between(row["bins"], low, high) for row in result["histograms_by_layer"]]
+        sizes = [_between(row["bins"], low, high) for row in result["histograms_by_layer"]]
         label = str(low) if low == high else f"{low} to {high}"
-        right.plot(layers, shares, color=colour, marker="o", markersize=3, label=label)
+        right.plot(layers, sizes, color=colour, marker="o", markersize=3, label=label)
     rest = [1 - _between(row["bins"], 0, 15) for row in result["histograms_by_layer"]]
     right.plot(layers, rest, color="#D55E00", marker="D", markersize=3, label="16 or more")
     right.set_xlabel("layer")
