@@ -195,8 +195,8 @@ _HOLES = (
     "Not counted: softmax, activation functions, rotary embeddings, residual additions and embedding rows; routing of "
     "events over a chip, clocks, leakage, control, and the granularity of memory (a row of weights is taken to be read "
     "by itself); accumulators wider than 8 bits, and shifts of bitwise spikes; membranes of hardware that unrolls "
-    "counts into slots. Reuse of weights within a batch or a prompt is left out in every column: this is one token at batch "
-    "size 1."
+    "counts into slots. Reuse of weights within a batch or a prompt is left out in every column: this is one token at "
+    "batch size 1."
 )
 
 

@@ -205,13 +205,16 @@ class Network:
 
     @property
     def rate(self) -> float:
-        """Spikes per input, every input weighted by the weights that it reads."""
-        return sum(site.macs * (site.rate or 0.0) for site in self.sites) / sum(site.macs for site in self.sites)
+        """Spikes per input, every input weighted by the weights that it reads; 0 if spikes are read by nothing."""
+        return self._mean(lambda site: site.rate or 0.0)
 
     def active(self, scale: float = 1.0) -> float:
         """Share of active inputs, weighted alike."""
-        shares = [site.macs * min(1.0, scale * (site.active or 0.0)) for site in self.sites]
-        return sum(shares) / sum(site.macs for site in self.sites)
+        return self._mean(lambda site: min(1.0, scale * (site.active or 0.0)))
+
+    def _mean(self, value: Callable[[Site], float]) -> float:
+        macs = sum(site.macs for site in self.sites)
+        return sum(site.macs * value(site) for site in self.sites) / macs if macs else 0.0
 
     def break_even(self, column: str, against: str, accounting: str, constants: Constants) -> float | None:
         """The `scale` of the spikes at which a spiking column costs as much as a dense one.

@@ -260,7 +260,7 @@ def _counts(result: Result) -> Figure:
     for ax in (left, right):
         plain(ax)
     left.legend(title="site", frameon=False, fontsize=8)
-    right.legend(title="size of the count", frameon=False, fontsize=8)
+    right.legend(title="size of the count", frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"Histogram of counts, {_data(result)}", fontsize=11)
     return figure
 
