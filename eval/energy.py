@@ -228,6 +228,15 @@ def figures(result: Result) -> dict[str, Figure]:
     return {_PICTURE: figure}
 
 
+def summary(result: Result) -> dict[str, float | str | None]:
+    """The spiking column, in every accounting."""
+    columns = {(row["accounting"], row["column"]): row["over_int8_dense"] for row in result["columns"]}
+    return {
+        f"energy over int8 dense, {how.replace('_', ' ')} (ratio, estimate)": columns.get((how, "spiking"))
+        for how in ACCOUNTINGS
+    }
+
+
 PART = Part(
     name="energy",
     title="Energy (estimate)",
@@ -237,5 +246,6 @@ PART = Part(
     cost=lambda subject, settings: 0.0,
     page=page,
     figures=figures,
+    summary=summary,
     needs=("spikes",),
 )

@@ -24,7 +24,7 @@ from spikelm.eval.spike_counts import (
     states,
     watched_channels,
 )
-from spikelm.eval.spike_page import figures, page
+from spikelm.eval.spike_page import figures, page, summary
 from spikelm.spiking.site import Site
 from spikelm.spiking.statistics import AttentionCounts, SpikeStatistics
 
@@ -156,4 +156,5 @@ PART = Part(
     cost=cost,
     page=page,
     figures=figures,
+    summary=summary,
 )

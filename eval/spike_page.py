@@ -53,6 +53,17 @@ def figures(result: Result) -> dict[str, Figure]:
     return drawn | {_OVER: _over_positions(result)} if result["positions"] else drawn
 
 
+def summary(result: Result) -> dict[str, float | str | None]:
+    """Dead and overflowing channels, and what is left to read."""
+    width = sum(row["width"] for row in result["sites"])
+    shares = {
+        f"{kind} channels (share)": sum(row[f"{kind}_channels"] for row in result["sites"]) / width if width else None
+        for kind in ("dead", "overflowing")
+    }
+    read = next(row for row in result["weight_bytes"] if row["network"] == "model" and row["format"] == "int8")
+    return shares | {"int8 weights, event-driven (MB per token)": read["event_driven"] / 1e6}
+
+
 def _mean(rows: Rows, value: Callable[[dict[str, Any]], float]) -> float:
     """Mean over inputs: a row counts with its width, if it has one, and its tokens."""
     weights = [row["tokens"] * row.get("width", 1) for row in rows]

@@ -118,6 +118,7 @@ def test_the_model_is_read_from_the_spikes(make_pair, tokenizer, prose):
     assert result["form"] == "bitwise" and len(result["columns"]) == 15 and len(result["break_even"]) == 18
     for row in result["columns"]:
         assert row["total"] == pytest.approx(sum(row[part] for part in energy.PARTS))
+    assert energy.summary(result)["energy over int8 dense, arithmetic (ratio, estimate)"] < 1
     page = "\n".join(energy.page(result))
     assert page.count("estimate") > 20 and "None" not in page and "nan" not in page
 

@@ -174,6 +174,7 @@ def test_every_kind_of_model_is_measured(name, tokenizer, prose):
     result = measured(model, tokenizer, prose)
     page = "\n".join(spike_detail.page(result))
     assert "MACs" in page and "nan" not in page and "None" not in page
+    assert spike_detail.summary(result)["int8 weights, event-driven (MB per token)"] > 0
     assert all(row["macs"] <= row["dense_macs"] for row in result["operations"])
     fields = ("sites", "positions", "histograms_by_site")
     assert all(bool(result[field]) == (name != "no-sites") for field in fields)
