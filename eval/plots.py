@@ -19,7 +19,7 @@ from spikelm.kernels.spike_train import expand
 from spikelm.spiking.site import Site, SpikeGroup, spike_groups
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
-_SITE_STYLES = {"qkv": (BLUE, "o"), "o": (ORANGE, "s"), "gate_up": (GREEN, "^"), "down": (RED, "D")}
+SITE_STYLES = {"qkv": (BLUE, "o"), "o": (ORANGE, "s"), "gate_up": (GREEN, "^"), "down": (RED, "D")}
 _FAMILIES = {
     "calibrated": ("calibrated allocation", BLUE, "o"),
     "uniform_dead_zone": ("uniform dead zone", ORANGE, "s"),
@@ -45,6 +45,7 @@ def raster(model: nn.Module, tokenizer: Any, prompt: str) -> Figure:
     if not groups or not len(ids):
         raise ValueError("A spike raster needs a model with spike sites and a prompt with at least one token.")
     counts = _counts(model, ids, groups)
+    groups = [group for group in groups if group.path in counts]
     layers = sorted({group.layer_idx for group in groups})
     names = list(dict.fromkeys(group.name for group in groups))
     config: Any = model.config
@@ -87,7 +88,7 @@ def sites(report: dict[str, Any]) -> Figure:
     left, right = figure.subplots(1, 2)
     names = list(dict.fromkeys(site["site"] for site in report["sites"]))
     for name in names:
-        colour, marker = _SITE_STYLES.get(name, (GREY, "v"))
+        colour, marker = SITE_STYLES.get(name, (GREY, "v"))
         rows = [site for site in report["sites"] if site["site"] == name]
         layers = [row["layer"] for row in rows]
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2, "label": name}
@@ -105,7 +106,7 @@ def sites(report: dict[str, Any]) -> Figure:
         ax.set_xlabel("layer")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_ylim(0, 1.08 * ax.dataLim.ymax)
-        _plain(ax)
+        plain(ax)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, title="site", loc="outside right center", frameon=False)
     figure.suptitle(f"Silence and spikes by layer and site, {_data(report)}", fontsize=11)
@@ -144,7 +145,7 @@ def curve(report: dict[str, Any]) -> Figure:
     tokens = report["curve"][0]["tokens"]
     ax.set_title(f"What silence costs, on {tokens:,} tokens per point (bars: standard error)", fontsize=11)
     ax.legend(frameon=False, loc="upper left")
-    _plain(ax)
+    plain(ax)
     return figure
 
 
@@ -163,7 +164,8 @@ def _counts(model: nn.Module, ids: Tensor, groups: list[SpikeGroup]) -> dict[str
     paths = {group.site: group.path for group in groups}
 
     def observe(site: Site, counts: Tensor, threshold: Tensor, context: Any) -> None:
-        seen[paths[site]] = counts[0, :, :: _step(site)][:, :_NEURONS].cpu()
+        if counts.dim() == 3:  # an expert gets some tokens only, `[n, channels]`
+            seen[paths[site]] = counts[0, :, :: _step(site)][:, :_NEURONS].cpu()
 
     for group in groups:
         group.site.observers.append(observe)
@@ -195,7 +197,8 @@ def _shown(token: str) -> str:
     return text if len(text) <= 14 else text[:13] + "\u2026"
 
 
-def _plain(ax: Axes) -> None:
+def plain(ax: Axes) -> None:
+    """Only two spines, a light grid behind the data."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)

@@ -17,6 +17,7 @@ its high half. Tables: the same within every group of inputs. Whoever unpacks a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -99,6 +100,17 @@ def pack_table(weight: Tensor, format: str, group: int = GROUP) -> Table:
         data = weight.to(FLOATS[format], copy=True).contiguous()
         return Table(format, data, None, weight.shape[1], weight.shape[1], weight.shape[0])
     return table_of_codes(*quantized(weight, format, group), format, group)
+
+
+def stored_bytes(layout: type[_Packed], format: str, inputs: int, outputs: int, group: int = GROUP) -> tuple[int, int]:
+    """Bytes of the data and of the scales that `Rows` or a `Table` of these sizes takes."""
+    if format in FLOATS:
+        return inputs * outputs * FLOATS[format].itemsize, 0
+    runs = [(inputs, outputs)]  # (how many, codes that lie side by side)
+    if layout is Table:
+        runs = [(outputs, min(group, inputs - i)) for i in range(0, inputs, group)]
+    size = {"int16": 2, "int8": 1, "int4": 0.5}[format]
+    return sum(many * ceil(size * codes) for many, codes in runs), 4 * ceil(inputs / group) * outputs
 
 
 def quantized(weight: Tensor, format: str, group: int) -> tuple[Tensor, Tensor]:
