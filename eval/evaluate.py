@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from spikelm.conversion.texts import calibration_sample
-from spikelm.eval import plots, quality
+from spikelm.eval import plots, quality, tasks
 from spikelm.eval.data import Text
 from spikelm.eval.fidelity import check_pair
 from spikelm.eval.files import png, write_whole
@@ -31,7 +31,7 @@ from spikelm.spiking.site import SpikeSite
 
 EXECUTE = ("counts", "trains")
 # In the order of the report.
-PARTS: dict[str, Part] = {part.name: part for part in (quality.PART,)}
+PARTS: dict[str, Part] = {part.name: part for part in (quality.PART, tasks.PART)}
 
 
 def evaluate(

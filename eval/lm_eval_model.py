@@ -122,8 +122,8 @@ class SpikeLM(TemplateLM):
         """What stands before a text without context. Raises ValueError if there is no such token."""
         if self._prefix is None:
             raise ValueError(
-                "The tokenizer has neither a begin-of-text nor an end-of-text token to predict a first token from; give "
-                "prefix_token_id."
+                "The tokenizer has neither a begin-of-text nor an end-of-text token to predict a first token from: "
+                "give prefix_token_id."
             )
         return self._prefix
 
@@ -185,8 +185,8 @@ class SpikeLM(TemplateLM):
         for i, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise ValueError(
-                    f"{len(continuation)} tokens are to be scored at once, but max_length is {self.max_length}; make it "
-                    "larger."
+                    f"{len(continuation)} tokens are to be scored at once, but max_length is {self.max_length}: "
+                    "make it larger."
                 )
             if continuation:
                 self.shortened += len(context) + len(continuation) > self.max_length + 1
