@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from spikelm.conversion.texts import calibration_sample
-from spikelm.eval import energy, plots, quality, spike_detail
+from spikelm.eval import energy, plots, quality, spike_detail, tasks
 from spikelm.eval.data import Text
 from spikelm.eval.fidelity import check_pair
 from spikelm.eval.files import png, write_whole
@@ -31,7 +31,7 @@ from spikelm.spiking.site import SpikeSite
 
 EXECUTE = ("counts", "trains")
 # In the order of the report.
-PARTS: dict[str, Part] = {part.name: part for part in (quality.PART, spike_detail.PART, energy.PART)}
+PARTS: dict[str, Part] = {part.name: part for part in (quality.PART, tasks.PART, spike_detail.PART, energy.PART)}
 
 
 def evaluate(
@@ -119,7 +119,8 @@ def _one(
     if reason is not None:
         return _record(part, setting, "left out", reason), None
     expected, before = part.cost(subject, setting), bar.n
-    kept = store.read(part, setting)
+    needed = {name: results.get(name) for name in part.needs}
+    kept = store.read(part, setting, needed)
     if kept is not None:
         bar.update(expected)
         return kept["record"], kept["result"]
@@ -127,16 +128,16 @@ def _one(
     record = _record(part, setting, "finished", None)
     trace = None
     try:
-        if lost := [name for name in part.needs if name not in results]:
+        if lost := [name for name in needed if needed[name] is None]:
             raise RuntimeError(f"it is made from the part {lost[0]!r}, which has no result in this run")
-        result = finite(part.run(subject, setting, bar, {name: results[name] for name in part.needs}))
+        result = finite(part.run(subject, setting, bar, needed))
     except Exception as error:  # whatever it is: the other parts are still wanted
         record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         trace = traceback.format_exc()
         bar.write(f"{part.title}: failed. {record['error']}")
     record["seconds"] = time.monotonic() - started
     bar.update(before + expected - bar.n)  # an estimate that was wrong must not shift those of later parts
-    store.write(part, setting, record | {"traceback": trace}, result)
+    store.write(part, setting, needed, record | {"traceback": trace}, result)
     return record, result
 
 

@@ -30,29 +30,42 @@ class Store:
         self.folder = folder
         self._subject = _described(subject) | extra if folder is not None else {}
 
-    def read(self, part: Part, settings: Any) -> dict[str, Any] | None:
-        """What was kept of a part that had come to an end, with these settings; None if there is nothing."""
+    def read(self, part: Part, settings: Any, needed: dict[str, Any]) -> dict[str, Any] | None:
+        """What was kept of a part that had come to an end; None if there is nothing.
+
+        Args:
+            part, settings: what is asked for. needed: the results that it is made from.
+        """
         if self.folder is None:
             return None
         try:
             kept = json.loads((self.folder / f"{part.name}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if not isinstance(kept, dict) or kept.get("for") != self._key(part, settings):
+        if not isinstance(kept, dict) or kept.get("for") != self._key(part, settings, needed):
             return None
         return kept if kept["record"]["status"] == "finished" else None
 
-    def write(self, part: Part, settings: Any, record: dict[str, Any], result: dict[str, Any] | None) -> None:
-        """Keep how a part ended, and its result."""
+    def write(
+        self,
+        part: Part,
+        settings: Any,
+        needed: dict[str, Any],
+        record: dict[str, Any],
+        result: dict[str, Any] | None,
+    ) -> None:
+        """Keep how a part ended, and its result; see `read`."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = {"for": self._key(part, settings), "record": record, "result": result}
+        kept = {"for": self._key(part, settings, needed), "record": record, "result": result}
         text = json.dumps(kept, ensure_ascii=False, allow_nan=False)
         write_whole(self.folder / f"{part.name}.json", text.encode())
 
-    def _key(self, part: Part, settings: Any) -> str:
-        asked = {"part": part.name, "settings": dataclasses.asdict(settings), **self._subject}
+    def _key(self, part: Part, settings: Any, needed: dict[str, Any]) -> str:
+        asked = {"part": part.name, "settings": dataclasses.asdict(settings), "needed": needed, **self._subject}
+        files = [Path(value) for value in asked["settings"].values() if isinstance(value, str) and value]
+        asked["files"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
         return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -1,0 +1,145 @@
+"""Finding tasks of lm-evaluation-harness by name, and running it without noise, waiting or traces."""
+
+import difflib
+import io
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spikelm.conversion.sources import quiet
+from spikelm.eval.bundled_tasks import BUNDLED, configs
+
+Loaded = dict[str, Any]  # "tasks": name -> task, "groups": name -> group, as `lm_eval.evaluate` takes them
+
+_SEED = 1234  # as in the harness
+_SECONDS = 3.0  # within which a hub answers
+
+
+def check_names(names: Sequence[str], include_path: Sequence[str]) -> None:
+    """Raise ValueError unless there is a task of every name, and a folder of every path."""
+    if isinstance(names, str) or isinstance(include_path, str):
+        raise ValueError(f"tasks and include_path are lists of names and of folders; got {names!r}, {include_path!r}.")
+    if not names:
+        raise ValueError(f"No task was asked for; choose among {', '.join(BUNDLED)}, or give folders with YAML tasks.")
+    for folder in include_path:
+        if not Path(folder).is_dir():
+            raise ValueError(f"include_path: {folder!r} is not a folder; give one with YAML tasks.")
+    local = _manager(include_path, defaults=False).all_tasks
+    strange = [name for name in names if name not in local and name not in BUNDLED]
+    if not strange:
+        return
+    known = _manager(include_path, defaults=True).all_tasks
+    unknown = [name for name in strange if name not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], [*local, *BUNDLED, *known], n=3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        folders = f" In {', '.join(map(str, include_path))}: {', '.join(local) or 'none'}." if include_path else ""
+        raise ValueError(
+            f"There is no task {unknown[0]!r}.{hint} Without a download: {', '.join(BUNDLED)}.{folders} "
+            "lm-evaluation-harness lists its own with `lm_eval ls tasks`."
+        )
+
+
+def load(names: Sequence[str], include_path: Sequence[str], shots: int | None) -> Loaded:
+    """Tasks and groups by name, with their documents.
+
+    Args:
+        names: of tasks, groups and tags that there are.
+        include_path: folders with YAML tasks, whose names come first; then those of `BUNDLED`, then the harness'.
+        shots: solved examples before each document; None: as a task says.
+
+    Raises:
+        ConnectionError: documents are not on this machine, and the hub that has them cannot be reached.
+        ValueError: a task that cannot be loaded.
+    """
+    manager = _manager(include_path, defaults=False)
+    local = manager.all_tasks
+    if any(name not in local and name not in BUNDLED for name in names):
+        manager = _manager(include_path, defaults=True)
+    loaded: Loaded = {"tasks": {}, "groups": {}}
+    with _without_waiting(all(name in BUNDLED and name not in local for name in names)) as unreachable:
+        for name in names:
+            spec = name if name in local or name not in BUNDLED else configs([name])[0]
+            try:
+                found = manager.load([spec])
+            except Exception as error:  # whatever stands in a file that somebody else wrote
+                line = " ".join(str(error).split())
+                if unreachable is not None and isinstance(error, OSError):
+                    raise ConnectionError(
+                        f"The documents of {name!r} are not on this machine, and {unreachable} cannot be reached "
+                        f"({line}). Without a download: {', '.join(BUNDLED)}, and YAML tasks on local files."
+                    ) from error
+                raise ValueError(f"The task {name!r} cannot be loaded: {type(error).__name__}: {line}") from error
+            loaded["tasks"] |= found["tasks"]
+            loaded["groups"] |= found["groups"]
+    for task in loaded["tasks"].values():
+        stated = task.get_config("num_fewshot")
+        if stated is None or (shots is not None and stated != 0):
+            task.set_config(key="num_fewshot", value=shots or 0)
+    return loaded
+
+
+@contextmanager
+def seeded(loaded: Loaded) -> Iterator[None]:
+    """The same solved examples and the same random numbers whenever it is entered; those of before go on afterwards."""
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=_SEED)
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(_SEED)
+        np.random.seed(_SEED)
+        torch.manual_seed(_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without bars, log lines and prints of the harness and of what it calls; bars made before go on."""
+    with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def _manager(include_path: Sequence[str], defaults: bool) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=[str(folder) for folder in include_path], include_defaults=defaults)
+
+
+@contextmanager
+def _without_waiting(local: bool) -> Iterator[str | None]:
+    """A hub that does not answer is not asked again and again: within, only what is on this machine is looked for.
+
+    Yields the hub's address if it cannot be reached, else None.
+    """
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    offline = any(before)
+    if local or not (offline or not _answers(constants.ENDPOINT)):
+        yield None
+        return
+    constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield constants.ENDPOINT
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+
+
+def _answers(address: str) -> bool:
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(address, timeout=_SECONDS)
+    except Exception:  # of whichever library the session is: no route, no name, no time, no certificate
+        return False
+    return True
