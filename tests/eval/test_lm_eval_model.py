@@ -1,20 +1,11 @@
 """The model type of lm-evaluation-harness: a text may not depend on those that share its batch; nothing needs a hub."""
 
-import copy
-import random
-
-import lm_eval
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.registry import get_model
-from lm_eval.models.huggingface import HFLM
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from small_models import EVERY_SITE, PATTERNS, SITES, small_model
-from spikelm import prepare_for_inference
+from small_models import small_model
 from spikelm.eval.lm_eval_model import SpikeLM
-from spikelm.spiking import SpikeStatistics
 
 EXACT = 1e-9
 TEXT = "A neuron is silent until it has something to say; then it fires. Nobody knows what it will say next, or why."
