@@ -151,7 +151,12 @@ def missing() -> Result:
     lists: Result = {key: [] for key in ("rows", "curve", "texts", "sites")}
     others = ("tokens_per_second", "load_average", "controls_left_out", "transfer")
     calibration = {"name": None, "source": None, "tokens": 0}
-    return combine([]) | dict.fromkeys((*SPIKES, *others)) | lists | {"measured_on": {"texts": [], "calibration": calibration}}
+    return (
+        combine([])
+        | dict.fromkeys((*SPIKES, *others))
+        | lists
+        | {"measured_on": {"texts": [], "calibration": calibration}}
+    )
 
 
 def _no_code(subject: Subject) -> str | None:
