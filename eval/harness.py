@@ -62,17 +62,17 @@ def load(names: Sequence[str], include_path: Sequence[str], shots: int | None) -
     if any(name not in local and name not in BUNDLED for name in names):
         manager = _manager(include_path, defaults=True)
     loaded: Loaded = {"tasks": {}, "groups": {}}
-    with _without_waiting(all(name in BUNDLED and name not in local for name in names)) as unreachable:
+    with _without_waiting(all(name in BUNDLED and name not in local for name in names)) as offline:
         for name in names:
             spec = name if name in local or name not in BUNDLED else configs([name])[0]
             try:
                 found = manager.load([spec])
             except Exception as error:  # whatever stands in a file that somebody else wrote
                 line = " ".join(str(error).split())
-                if unreachable is not None and isinstance(error, OSError):
+                if offline is not None and isinstance(error, OSError):
                     raise ConnectionError(
-                        f"The documents of {name!r} are not on this machine, and {unreachable} cannot be reached "
-                        f"({line}). Without a download: {', '.join(BUNDLED)}, and YAML tasks on local files."
+                        f"The documents of {name!r} are not on this machine ({line}), and {offline}. Without a "
+                        f"download: {', '.join(BUNDLED)}, and YAML tasks on local files."
                     ) from error
                 raise ValueError(f"The task {name!r} cannot be loaded: {type(error).__name__}: {line}") from error
             loaded["tasks"] |= found["tasks"]
@@ -118,19 +118,22 @@ def _manager(include_path: Sequence[str], defaults: bool) -> Any:
 def _without_waiting(local: bool) -> Iterator[str | None]:
     """A hub that does not answer is not asked again and again: within, only what is on this machine is looked for.
 
-    Yields the hub's address if it cannot be reached, else None.
+    Yields why the hub is not asked; None if it is, or if nothing could be needed from it.
     """
     from datasets import config
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    offline = any(before)
-    if local or not (offline or not _answers(constants.ENDPOINT)):
+    if any(before):
+        reason = "HF_HUB_OFFLINE is set"
+    elif local or _answers(constants.ENDPOINT):
         yield None
         return
+    else:
+        reason = f"{constants.ENDPOINT} cannot be reached"
     constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
-        yield constants.ENDPOINT
+        yield reason
     finally:
         constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
 

@@ -7,8 +7,9 @@
 Three kinds of requests: for texts c (context) and t (what follows), of tokens c_1 .. c_m and t_1 .. t_n,
 
     loglikelihood          sum_i log p(t_i | c, t_1 .. t_i-1), and whether every t_i is the likeliest token
-    loglikelihood_rolling  the same over a whole text, in disjoint windows of `max_length` predicted tokens; one token
-                           stands before each: the prefix token before the first, else the last of the window before
+    loglikelihood_rolling  the same over a whole text behind the prefix token, in windows of `max_length` predicted
+                           tokens, each behind the last token of the one before; the last window, which predicts fewer,
+                           is filled up with the tokens before them
     generate_until         the continuation of c, until a stop string or so many tokens
 
 A text may not depend on those that share its batch. So every pass is told what is padding: recurrent states and spike
@@ -41,6 +42,8 @@ from spikelm.loading import load_model
 Ids = list[int]
 Request = tuple[Any, Ids, Ids]  # what names it in a cache, tokens of the context, tokens to score
 
+# Tokens of a batch that is scored: each may leave a row of logits as wide as the vocabulary.
+_SCORED = 4096
 _GENERATED = 256  # tokens of a continuation, if the task does not say; as in the harness
 
 
@@ -60,7 +63,7 @@ class SpikeLM(TemplateLM):
             configuration. Numbers of rolling requests depend on it.
         prefix_token_id: stands before a text that has no context. None: the begin-of-text token of the tokenizer, or
             the end-of-text token where there is none.
-        batch_size: texts in one pass.
+        batch_size: texts in one pass; fewer where they are long.
         on_tokens: called with the tokens read and the tokens generated since the last call, in place of a bar.
 
     Attributes:
@@ -165,7 +168,8 @@ class SpikeLM(TemplateLM):
         for i, request in enumerate(requests):
             ids = [self.prefix_token_id, *self.tok_encode(request.args[0], add_special_tokens=False)]
             for start in range(0, len(ids) - 1, self.max_length):
-                windows.append((None, ids[start : start + 1], ids[start + 1 : start + 1 + self.max_length]))
+                stop = min(start + self.max_length, len(ids) - 1)
+                windows.append((None, ids[max(0, stop - self.max_length) : start + 1], ids[start + 1 : stop + 1]))
                 owners.append(i)
         totals = [0.0] * len(requests)
         for i, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
@@ -192,7 +196,7 @@ class SpikeLM(TemplateLM):
                 self.shortened += len(context) + len(continuation) > self.max_length + 1
                 asked.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
         lengths = {text: len(text) for text in asked}
-        for texts in self._batches(lengths, disable_tqdm, "loglikelihood"):
+        for texts in self._batches(lengths, disable_tqdm, "loglikelihood", _SCORED):
             scored = [max(len(requests[i][2]) for i in asked[text]) for text in texts]
             logits, starts = self._logits(texts, scored)
             for text, row, start, size in zip(texts, logits, starts, scored):
@@ -283,13 +287,22 @@ class SpikeLM(TemplateLM):
             mask[row, place] = 1
         return ids.to(self._device), None if bool(mask.all()) else mask.to(self._device)
 
-    def _batches(self, lengths: dict[Any, int], disable: bool, name: str) -> Iterator[list[Any]]:
-        """Batches of texts of similar length, longest first: what does not fit the memory is found at once."""
+    def _batches(
+        self, lengths: dict[Any, int], disable: bool, name: str, most: int | None = None
+    ) -> Iterator[list[Any]]:
+        """Batches of texts of similar length, longest first: what does not fit the memory is found at once.
+
+        With `most`, so many tokens together, or one text.
+        """
         ordered = sorted(lengths, key=lengths.__getitem__, reverse=True)
+        start = 0
         with tqdm(total=len(ordered), desc=name, disable=disable or self.on_tokens is not None) as bar:
-            for start in range(0, len(ordered), self.batch_size):
-                yield ordered[start : start + self.batch_size]
-                bar.update(len(ordered[start : start + self.batch_size]))
+            while start < len(ordered):
+                rows = self.batch_size if most is None else min(self.batch_size, most // lengths[ordered[start]])
+                batch = ordered[start : start + max(rows, 1)]
+                yield batch
+                bar.update(len(batch))
+                start += len(batch)
 
     def _count(self, read: int, generated: int) -> None:
         if self.on_tokens is not None:
@@ -317,8 +330,10 @@ def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     if isinstance(name, torch.dtype) or name == "auto":
         return None if name == "auto" else name
     found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype must be 'auto' or the name of a torch dtype, such as float32; got {name!r}.")
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"dtype must be 'auto' or the name of a floating dtype of torch, such as float32; got {name!r}."
+        )
     return found
 
 

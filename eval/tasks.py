@@ -35,9 +35,9 @@ class Settings:
         include_path: folders with YAML tasks; their code runs, if they have some.
         limit: documents of each task, the first ones; None: all.
         shots: solved examples before each document; None: as the task says. Tasks that say 0 keep it.
-        batch_size: texts in one pass.
+        batch_size: texts in one pass; fewer where they are long.
         window: tokens that a model reads at once; fewer where a configuration says so. The part of the context that
-            does not fit is cut off at its beginning, and a rolling text is scored in disjoint windows.
+            does not fit is cut off at its beginning, and a rolling text is scored window by window.
     """
 
     tasks: tuple[str, ...] = tuple(BUNDLED)
@@ -86,10 +86,10 @@ def cost(subject: Subject, settings: Settings) -> float:
     Raises:
         ValueError: a task that there is not, no task at all, no folder, a size below 1.
     """
-    for name in ("limit", "batch_size", "window"):
+    for name, least in {"limit": 1, "shots": 0, "batch_size": 1, "window": 1}.items():
         value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} of the tasks must be at least 1; got {value}.")
+        if value is not None and value < least:
+            raise ValueError(f"{name} of the tasks must be at least {least}; got {value}.")
     with silent():
         check_names(settings.tasks, settings.include_path)
         bundled = load([name for name in settings.tasks if name in BUNDLED], (), None)["tasks"].values()
@@ -112,14 +112,13 @@ def page(result: Result) -> list[str]:
     head = ["task", "documents", "shots", "metric", "this model"]
     lines = []
     for row in result["rows"]:
-        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
         line = [
             row["task"] if row["kind"] != "group" else f"**{row['task']}**",
             f"{row['documents']:,}"
             if row["documents"] == row["available"]
             else f"{row['documents']:,} of {row['available']:,}",
             number(row["shots"], 0) if row["shots"] is not None else "",
-            f"{metric} {'↑' if row['higher_is_better'] else '↓'}",
+            f"{_named(row)} {'↑' if row['higher_is_better'] else '↓'}",
             _with_error(row["value"]["model"], row["value_error"]["model"]),
         ]
         if paired:
@@ -147,6 +146,18 @@ def page(result: Result) -> list[str]:
     if shortened := result["shortened"]["model"]:
         notes.append(f"- {shortened:,} requests were longer than {result['window']:,} tokens and lost their beginning.")
     return [data, table(head, lines), "\n".join(notes)]
+
+
+def summary(result: Result) -> dict[str, float | str | None]:
+    """Every metric of the model, with its error."""
+    return {
+        f"{row['task']}: {_named(row)}": _with_error(row["value"]["model"], row["value_error"]["model"])
+        for row in result["rows"]
+    }
+
+
+def _named(row: Row) -> str:
+    return row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
 
 
 def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
@@ -180,9 +191,9 @@ def _rows(loaded: Loaded, outputs: dict[str, Any]) -> list[Row]:
         for metric, filtered in columns["model"]:
             values = {network: _number(out["results"][name], metric, filtered) for network, out in outputs.items()}
             found = [column.get((metric, filtered), {}) for column in columns.values()]
-            aggregate = aggregates.get(metric)
             if any(value is None for value in values.values()):
                 continue  # a metric that is no number
+            aggregate = aggregates.get(metric)
             own: list[float | None] = [None] * len(found)
             paired = None
             same = all(one.keys() == found[0].keys() for one in found)
@@ -282,5 +293,6 @@ PART = Part(
     run=measure,
     cost=cost,
     page=page,
+    summary=summary,
     lacks=_lacks,
 )
