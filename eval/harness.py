@@ -3,8 +3,9 @@
 import difflib
 import io
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,9 @@ def check_names(names: Sequence[str], include_path: Sequence[str]) -> None:
             raise ValueError(f"include_path: {folder!r} is not a folder; give one with YAML tasks.")
     local = _manager(include_path, defaults=False).all_tasks
     strange = [name for name in names if name not in local and name not in BUNDLED]
-    if not strange:
-        return
-    known = _manager(include_path, defaults=True).all_tasks
-    unknown = [name for name in strange if name not in known]
+    unknown = [name for name in strange if name not in _builtin()]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], [*local, *BUNDLED, *known], n=3)
+        close = difflib.get_close_matches(unknown[0], [*local, *BUNDLED, *_builtin()], n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         folders = f" In {', '.join(map(str, include_path))}: {', '.join(local) or 'none'}." if include_path else ""
         raise ValueError(
@@ -58,8 +56,8 @@ def load(names: Sequence[str], include_path: Sequence[str], shots: int | None) -
         ValueError: a task that cannot be loaded.
     """
     manager = _manager(include_path, defaults=False)
-    local = manager.all_tasks
-    if any(name not in local and name not in BUNDLED for name in names):
+    local = manager.task_index
+    if any(_needs_builtin(name, local) for name in names):
         manager = _manager(include_path, defaults=True)
     loaded: Loaded = {"tasks": {}, "groups": {}}
     with _without_waiting(all(name in BUNDLED and name not in local for name in names)) as offline:
@@ -84,28 +82,42 @@ def load(names: Sequence[str], include_path: Sequence[str], shots: int | None) -
     return loaded
 
 
-@contextmanager
-def seeded(loaded: Loaded) -> Iterator[None]:
-    """The same solved examples and the same random numbers whenever it is entered; those of before go on afterwards."""
+def seed(loaded: Loaded) -> None:
+    """Begin anew with the solved examples and the random numbers that tasks draw."""
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_SEED)
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(_SEED)
-        np.random.seed(_SEED)
-        torch.manual_seed(_SEED)
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+    random.seed(_SEED)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
 
 
 @contextmanager
-def silent() -> Iterator[None]:
-    """Without bars, log lines and prints of the harness and of what it calls; bars made before go on."""
-    with quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
+def secluded() -> Iterator[None]:
+    """Nothing of the harness, and of what it calls, is seen outside: no bars, log lines and prints, no random numbers.
+
+    Bars made before go on.
+    """
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(), quiet(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+
+
+@cache
+def _builtin() -> tuple[str, ...]:
+    """Names of the harness' own tasks, groups and tags: its thousands of files are read once, in seconds."""
+    return tuple(_manager((), defaults=True).all_tasks)
+
+
+def _needs_builtin(name: str, local: Mapping[str, Any]) -> bool:
+    """Whether a name is the harness' own, or that of a local group which names such tasks."""
+    if name not in local:
+        return name not in BUNDLED
+    members = (local[name].cfg or {}).get("task")
+    return isinstance(members, list) and any(isinstance(one, str) and one not in local for one in members)
 
 
 def _manager(include_path: Sequence[str], defaults: bool) -> Any:

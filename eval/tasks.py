@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from spikelm.eval.bundled_tasks import BUNDLED
-from spikelm.eval.harness import Loaded, check_names, load, seeded, silent
+from spikelm.eval.harness import Loaded, check_names, load, secluded, seed
 from spikelm.eval.paired import combined, errors
 from spikelm.eval.parts import DECODED, Part, Result, Subject
 from spikelm.eval.tables import number, table
@@ -54,7 +54,7 @@ def measure(subject: Subject, settings: Settings, bar: tqdm, earlier: dict[str, 
 
     from spikelm.eval.lm_eval_model import SpikeLM
 
-    with silent():
+    with secluded():
         loaded = load(settings.tasks, settings.include_path, settings.shots)
     window = _window(subject, settings)
     outputs: dict[str, Any] = {}
@@ -66,7 +66,8 @@ def measure(subject: Subject, settings: Settings, bar: tqdm, earlier: dict[str, 
             bar.update(read + DECODED * generated)
 
         lm = SpikeLM(network, subject.tokenizer, max_length=window, batch_size=settings.batch_size, on_tokens=count)
-        with silent(), seeded(loaded), running():
+        with secluded(), running():
+            seed(loaded)
             outputs[name] = evaluate(lm, loaded, limit=settings.limit, bootstrap_iters=0)
         counts[name]["shortened"] = lm.shortened
     return {
@@ -90,7 +91,7 @@ def cost(subject: Subject, settings: Settings) -> float:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise ValueError(f"{name} of the tasks must be at least {least}; got {value}.")
-    with silent():
+    with secluded():
         check_names(settings.tasks, settings.include_path)
         bundled = load([name for name in settings.tasks if name in BUNDLED], (), None)["tasks"].values()
         for task in bundled:
