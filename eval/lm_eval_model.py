@@ -57,7 +57,8 @@ class SpikeLM(TemplateLM):
         tokenizer: of a loaded model.
         dtype: of the weights: a torch dtype or its name; "auto": as stored.
         weights, events: lay the weights out for event-driven inference first, as `prepare_for_inference` takes them.
-        device: where a model that is loaded here goes; None: the GPU if there is one.
+        device: where a model that is loaded here goes; None: the GPU if there is one. Without one, "cuda:0" (which
+            the harness' command line asks for unless told otherwise) is the CPU too.
         max_length: tokens that the model reads at once, predicted ones included but for the last: the window of
             rolling requests; longer contexts lose their beginning. None: `max_position_embeddings` of its
             configuration. Numbers of rolling requests depend on it.
@@ -92,7 +93,7 @@ class SpikeLM(TemplateLM):
             # Laid out for inference, activations are fastest in float32.
             wanted = torch.float32 if dtype == "auto" and weights is not None else _dtype(dtype)
             model, tokenizer = load_model(pretrained, dtype=wanted, progress=on_tokens is None)
-            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            model.to(_device(device))
         else:
             model = pretrained
         if tokenizer is None:
@@ -324,6 +325,11 @@ class _StopStrings(StoppingCriteria):
 def _before(text: str, stops: list[str]) -> str:
     """What stands before the first of some strings."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    device = torch.device("cuda" if wanted is None else wanted)
+    return device if device.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:

@@ -135,10 +135,13 @@ def page(result: Result) -> list[str]:
     )
     if paired:
         data += " Model and baseline on the same documents."
-    notes = [
-        "- ↑, ↓: whether more or less is better. ±: standard error over documents; of the difference, with documents "
-        "paired, which is smaller than the two errors together where both find the same documents hard."
-    ]
+    note = "- ↑, ↓: whether more or less is better. ±: standard error over documents"
+    if paired:
+        note += (
+            "; of the difference, with documents paired: where both find the same ones hard, it is smaller than those "
+            "of the two would suggest"
+        )
+    notes = [note + "."]
     if bundled := [name for name in BUNDLED if any(row["task"] == name for row in result["rows"])]:
         notes.append(
             f"- {', '.join(bundled)}: come with spikelm; Python's reference text (other paragraphs than those of the "

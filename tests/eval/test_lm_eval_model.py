@@ -207,7 +207,8 @@ def test_it_is_found_by_its_name_and_loads_a_folder(tokenizer, tmp_path):
     }  # fmt: skip
     shared = {"tasks": [task], "bootstrap_iters": 0, "task_manager": TaskManager(include_defaults=False)}
     arguments = {"pretrained": str(tmp_path), "dtype": "float64", "weights": "int8", "events": "never"}
-    found = lm_eval.simple_evaluate("spikelm", arguments | {"max_length": 32}, batch_size=2, **shared)
+    asked = {"batch_size": 2, "device": "cpu" if torch.cuda.is_available() else "cuda:0"}
+    found = lm_eval.simple_evaluate("spikelm", arguments | {"max_length": 32}, **asked, **shared)
     told = found["config"]
     assert (told["model_dtype"], told["model_weights"], told["max_length"]) == ("float64", "int8", 32)
     assert told["prefix_token_id"] == tokenizer.bos_token_id
