@@ -5,14 +5,24 @@
 
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from spikelm.eval.energy_model import ACCOUNTINGS, COLUMNS, PARTS, Constants, Network, network_of, read_constants
+from spikelm.eval.energy_model import (
+    ACCOUNTINGS,
+    COLUMNS,
+    CONSTANTS,
+    PARTS,
+    Constants,
+    Network,
+    network_of,
+    read_constants,
+)
 from spikelm.eval.parts import Part, Result, Subject
-from spikelm.eval.plots import BLUE, GREEN, GREY, ORANGE, PINK, RED, plain
+from spikelm.eval.plots import BLUE, GREEN, GREY, LIGHT, ORANGE, PINK, RED, SKY, plain
 from spikelm.eval.tables import number, percent, table
 
 _SPIKING, _DENSE = ("spiking", "spiking_reread"), ("fp16_dense", "int8_dense", "int_k_dense")
@@ -27,14 +37,14 @@ _CALLED = {
     "weights_in_dram": "With memory traffic, weights in DRAM",
 }
 _DRAWN = {  # the parts of a bar, from below
-    "shared_products": ("same in all: arithmetic", "#BBBBBB"),
+    "shared_products": ("same in all: arithmetic", LIGHT),
     "shared_weights": ("same in all: weights", GREY),
     "shared_states": ("same in all: states, keys and values", PINK),
     "products": ("products behind sites", BLUE),
     "coding": ("coding and scaling", ORANGE),
     "weights": ("weights behind sites", RED),
     "activations": ("activations", GREEN),
-    "membranes": ("membranes", "#56B4E9"),
+    "membranes": ("membranes", SKY),
 }
 _PICTURE = "energy.png"
 
@@ -248,4 +258,5 @@ PART = Part(
     figures=figures,
     summary=summary,
     needs=("spikes",),
+    reads=lambda settings: [CONSTANTS if settings.constants is None else Path(settings.constants)],
 )

@@ -11,7 +11,6 @@ for five columns, of one network with the same weights and products behind its s
     spiking          N r int8 additions        N a            events               by kind of site
     spiking_reread   the same                  N r            events               the same
 
-
 with r spikes per input, a the share of active inputs, k = ceil(log2(levels of the site)). In the last column a row of
 weights is read again for every spike, in the one before once for all spikes of its input. A multiplier grows with the
 bits of both factors: 8 by k bits cost k / 8 of 8 by 8. Weights are int8 in all columns but the first, with one
@@ -22,7 +21,7 @@ recurrent states, norms) is the same in every column: fp16, recurrent states and
 Three accountings: "arithmetic" (no bytes at all), "weights_in_sram", "weights_in_dram".
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, inf, isfinite
 from pathlib import Path
@@ -50,6 +49,7 @@ PARTS = (
     "shared_states",
 )
 _GRADED_BITS = 8
+_MOST = 1e9  # times the spikes of now: what breaks even beyond never does
 
 
 @dataclass(frozen=True)
@@ -260,14 +260,14 @@ def _coding(kind: str | None, pj: Constants) -> float:
     return {"code": code, "neuron": neuron, "neuron_code": code + neuron, "events": pj["fp32_add"]}[kind or "code"]
 
 
-def _root(excess: Callable[[float], float], most: float = 1e9) -> float | None:
+def _root(excess: Callable[[float], float]) -> float | None:
     """Where a function that never falls becomes 0: None if it is above from the beginning, infinity if never."""
     if excess(0.0) > 0:
         return None
     low, high = 0.0, 1.0
     while excess(high) < 0:
         low, high = high, 2 * high
-        if high > most:
+        if high > _MOST:
             return inf
     for _ in range(200):
         middle = (low + high) / 2
@@ -304,8 +304,8 @@ def network_of(spikes: dict[str, Any], form: str) -> Network:
         keys_values=states["keys_values"],
         states=states["recurrent"],
         membranes=states["membranes"],
-        inputs=_sum(line["tokens_share"] * line["inputs"] for line in rest),
-        outputs=_sum(line["tokens_share"] * line["outputs"] for line in lines),
+        inputs=sum(line["tokens_share"] * line["inputs"] for line in rest),
+        outputs=sum(line["tokens_share"] * line["outputs"] for line in lines),
     )
     return Network(tuple(products), shared)
 
@@ -316,7 +316,3 @@ def _product(line: dict[str, Any] | None, row: dict[str, Any], form: str) -> Sit
     rate = active if row["kind"] == "events" else row["firing_rate"][form]
     outputs = 0 if line is None else line["outputs"]
     return Site(row["width"], outputs, row["tokens_share"], active, rate, row["bits"], row["kind"])
-
-
-def _sum(values: Iterable[float]) -> float:
-    return float(sum(values))

@@ -10,12 +10,13 @@ next one when it is asked for again. A part that fails is reported as failed, wi
 import dataclasses
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 from torch import nn
 from tqdm import tqdm
 
@@ -84,13 +85,11 @@ def evaluate(
     folder = None if out is None else Path(out)
     with evaluating(model, baseline):
         # Whatever is asked for: models, tokenizer and texts must fit together.
-        cut = next(
-            (setting for part, setting in chosen if part is quality.PART), quality.Settings(tokens=16, window=16)
-        )
-        check_pair(model, baseline, quality.cut(subject, cut))
+        sizes = next((setting for part, setting in chosen if part is quality.PART), quality.Settings(16, 16))
+        check_pair(model, baseline, subject.cut(sizes.tokens, sizes.window))
         wanted = [part for part, _ in chosen if part.lacks(subject) is None]
         total = sum(part.cost(subject, setting) for part, setting in chosen if part in wanted)
-        store = Store(folder / "parts" if folder else None, subject, {"quick": quick})
+        store = Store(folder / "parts" if folder else None, subject)
         results: dict[str, Result] = {}
         records = []
         with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
@@ -100,7 +99,7 @@ def evaluate(
                 records.append(record)
                 if result is not None:
                     results[part.name] = result
-        report = build(results, records, environment(subject, names))
+        report = build(results, records, environment(subject, names), PARTS)
         if folder is not None:
             _write(report, subject, folder)
     return report
@@ -109,6 +108,26 @@ def evaluate(
 def failed(report: dict[str, Any]) -> list[str]:
     """One line for each part of a report that failed: its name and its error."""
     return [f"{part['name']}: {part['error']}" for part in report["parts"] if part["status"] == "failed"]
+
+
+def assigned(changes: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Settings as `evaluate` takes them, out of texts `PART.NAME=VALUE` with a YAML value: numbers, words, [lists].
+
+    Raises:
+        ValueError: a text of another form.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        part, dot, field = name.partition(".")
+        if not equals or not dot or "." in field:
+            raise ValueError(f"{change!r} is not of the form PART.NAME=VALUE, as in quality.tokens=4096.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"{change!r}: {text!r} is no YAML value; write numbers, words or [lists].") from None
+        settings.setdefault(part, {})[field] = tuple(value) if isinstance(value, list) else value
+    return settings
 
 
 def _one(

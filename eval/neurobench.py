@@ -164,7 +164,8 @@ class _Counter:
 def _slot_by_slot(model: nn.Module, group: SpikeGroup) -> Iterator[None]:
     """Put a `_SlotLinear` in the place of every linear of a group."""
     latest: dict[str, Tensor] = {}
-    code = model.config.spike_code  # type: ignore[union-attr]
+    config: Any = model.config
+    code = config.spike_code
 
     def capture(site: Site, counts: Tensor, threshold: Tensor, context: Any) -> None:
         latest["trains"], latest["threshold"] = expand(counts, code, slots_needed(counts, code)), threshold

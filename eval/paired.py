@@ -43,9 +43,10 @@ def errors(aggregate: Aggregate, *columns: Sequence[Any]) -> tuple[list[float | 
 
 def combined(parts: Sequence[float | None], weights: Sequence[float]) -> float | None:
     """Standard error of a weighted sum of independent numbers; None if one is not known."""
-    if any(part is None for part in parts):
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
         return None
-    return math.sqrt(sum((weight * part) ** 2 for weight, part in zip(weights, parts)))  # type: ignore[operator]
+    return math.sqrt(sum((weight * part) ** 2 for weight, part in zip(weights, known)))
 
 
 def _error(values: list[float]) -> float:

@@ -8,16 +8,17 @@ Markdown and into figures; both read nothing but the result, so that a page can 
 `spikelm.eval.evaluate` runs the parts one after the other, keeps what is finished, and reports what failed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from spikelm.eval.data import Text
+from spikelm.eval.data import Text, TokenizedText, tokenize
 from spikelm.spiking.site import SpikeGroup, spike_groups
 from spikelm.spiking.trains import execute_trains
 
@@ -61,6 +62,10 @@ class Subject:
         """The context in which the model runs as `execute` says."""
         return execute_trains(self.model) if self.execute == "trains" else nullcontext()
 
+    def cut(self, tokens: int, window: int) -> list[TokenizedText]:
+        """The texts in disjoint windows of so many tokens. Raises ValueError for one that is too short."""
+        return [tokenize(text, self.tokenizer, tokens, window) for text in self.texts]
+
     def networks(self) -> dict[str, tuple[nn.Module, Callable[[], AbstractContextManager]]]:
         """Model and, if there is one, baseline: name -> network and the context that it runs in."""
         both: dict[str, tuple[nn.Module, Callable[[], AbstractContextManager]]] = {"model": (self.model, self.running)}
@@ -73,6 +78,10 @@ def _no_figures(result: Result) -> dict[str, Figure]:
 
 def _no_summary(result: Result) -> dict[str, float | str | None]:
     return {}
+
+
+def _no_files(settings: Any) -> Iterable[Path]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ class Part:
             token counted as `DECODED`.
         page: result -> Markdown paragraphs, tables and images among them. figures: result -> file name -> figure.
         summary: result -> label with unit -> number: what is put beside that of other reports.
-        needs: names of parts whose results it reads.
+        needs: names of parts whose results it reads. reads: settings -> files that its result depends on.
         lacks: subject -> why the part cannot be asked of this subject, or None if it can.
     """
 
@@ -102,6 +111,7 @@ class Part:
     figures: Callable[[Result], dict[str, Figure]] = _no_figures
     summary: Callable[[Result], dict[str, float | str | None]] = _no_summary
     needs: tuple[str, ...] = ()
+    reads: Callable[[Any], Iterable[Path]] = _no_files
     lacks: Callable[[Subject], str | None] = lambda subject: None
 
 

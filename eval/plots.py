@@ -19,6 +19,7 @@ from spikelm.kernels.spike_train import expand
 from spikelm.spiking.site import Site, SpikeGroup, spike_groups
 
 BLUE, ORANGE, GREEN, RED, PINK, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
+SKY, LIGHT = "#56B4E9", "#BBBBBB"
 SITE_STYLES = {"qkv": (BLUE, "o"), "o": (ORANGE, "s"), "gate_up": (GREEN, "^"), "down": (RED, "D")}
 _FAMILIES = {
     "calibrated": ("calibrated allocation", BLUE, "o"),

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from spikelm.eval import plots
 from spikelm.eval.controls import MagnitudeProfile
-from spikelm.eval.data import TokenizedText, spread, tokenize
+from spikelm.eval.data import TokenizedText, spread
 from spikelm.eval.fidelity import Measured, Row, combine, compare, merge, run
 from spikelm.eval.markdown import quality_page
 from spikelm.eval.parts import DECODED, Part, Result, Subject
@@ -55,15 +55,10 @@ class Settings:
     curve_tokens: int = 2000
 
 
-def cut(subject: Subject, settings: Settings) -> list[TokenizedText]:
-    """The texts in windows. Raises ValueError for one that is too short."""
-    return [tokenize(text, subject.tokenizer, settings.tokens, settings.window) for text in subject.texts]
-
-
 def measure(subject: Subject, settings: Settings, bar: tqdm, earlier: dict[str, Result]) -> Result:
     """All rows in one pass over the texts."""
     model, baseline = subject.model, subject.baseline
-    texts = cut(subject, settings)
+    texts = subject.cut(settings.tokens, settings.window)
     windows = curve_windows(texts, settings.curve_tokens) if _has_curve(subject, settings) else None
     load, progress = list(psutil.getloadavg()), not bar.disable
     speed = tokens_per_second(subject.networks(), texts[0].windows)
@@ -104,7 +99,7 @@ def measure(subject: Subject, settings: Settings, bar: tqdm, earlier: dict[str, 
 
 def cost(subject: Subject, settings: Settings) -> float:
     """Tokens of all forward passes: the baseline's, those of every row, and those that find the speed."""
-    texts = cut(subject, settings)
+    texts = subject.cut(settings.tokens, settings.window)
     total = sum(text.tokens for text in texts)
     passes = (2 if subject.baseline is not None else 1) + _CONTROLS * _has_controls(subject, settings)
     points = 0
@@ -254,11 +249,9 @@ def _curve(rows: list[Row], windows: list[int]) -> list[dict[str, Any]]:
 def _sites(model: nn.Module, measured: list[Measured]) -> list[dict[str, Any]]:
     settings: dict[str, dict[str, float | None]] = {}
     for group in spike_groups(model):
-        coded = isinstance(group.site, SpikeSite)
-        settings[group.path] = {
-            "k": float(group.site.k) if coded else None,  # type: ignore[arg-type]
-            "dead_zone": float(group.site.dead_zone.mean()) if coded else None,  # type: ignore[operator,union-attr]
-        }
+        settings[group.path] = {"k": None, "dead_zone": None}  # of neurons and events
+        if isinstance(site := group.site, SpikeSite):
+            settings[group.path] = {"k": float(site.k), "dead_zone": float(site.dead_zone.mean())}
     merged = [merge(list(passes)) for passes in zip(*(one.sites for one in measured))]
     return [{key: row[key] for key in _SITE} | settings[row["path"]] for row in merged]
 

@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -24,26 +24,27 @@ from spikelm.kernels.runtime import processor_name
 from spikelm.spiking.site import SpikeSite
 
 SCHEMA_VERSION = 1
-# Parts that have a key of their own; what `quality` finds stands at the top.
-KEYS = ("tasks", "spikes", "energy", "long_context", "speed", "robustness")
 _LIBRARIES = ("torch", "transformers", "triton", "lm_eval", "neurobench")
 GLOSSARY = Path(__file__).with_name("glossary.md")
 
 
-def build(results: dict[str, Any], records: list[dict[str, Any]], environment: dict[str, Any]) -> dict[str, Any]:
+def build(
+    results: dict[str, Any], records: list[dict[str, Any]], environment: dict[str, Any], parts: Iterable[str]
+) -> dict[str, Any]:
     """The report.
 
     Args:
         results: part -> what it found; parts without a result are missing.
         records: how every part ended.
         environment: what a number depends on beside models and texts.
+        parts: names of all parts; each has a key of its own, but for `quality`, which stands at the top.
     """
     top = quality.missing() | results.get("quality", {})
     measured_on = top.pop("measured_on") | environment
     report = {
         "schema_version": SCHEMA_VERSION,
         **top,
-        **{name: results.get(name) for name in KEYS},
+        **{name: results.get(name) for name in parts if name != "quality"},
         "parts": records,
         "measured_on": measured_on,
     }

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -65,11 +66,17 @@ def products(network: nn.Module) -> Iterator[Product]:
             names = (*group.readers, *(["recurrent"] if group.site.recurrent_reads else []))
             kind = "events" if group.site.graded else "counts"
             yield Product(group.path, names, kind, group.site.width, group.fan_out, group)
-    head = network.get_output_embeddings()  # type: ignore[operator]
+    head = head_path(network)
     linears = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear) and id(m) not in fed]
-    for path, linear in sorted(linears, key=lambda named: named[1] is head):
+    for path, linear in sorted(linears, key=lambda named: named[0] == head):
         readers = (path.rpartition(".")[2],)
         yield Product(path, readers, "values", linear.in_features, linear.out_features, linear=linear)
+
+
+def head_path(network: Any) -> str | None:
+    """Full name of a language model's head; None without one."""
+    head = network.get_output_embeddings()
+    return next((path for path, module in network.named_modules() if module is head), None)
 
 
 class ProductCounts:
@@ -79,7 +86,7 @@ class ProductCounts:
         products: of the network. tokens: that went through it.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: Any):
         self.network = network
         self.products = list(products(network))
         self.tokens = 0
@@ -89,7 +96,7 @@ class ProductCounts:
 
     def __enter__(self) -> "ProductCounts":
         hooks = [self.network.register_forward_pre_hook(self._see_mask, with_kwargs=True)]
-        embedding = self.network.get_input_embeddings()  # type: ignore[operator]
+        embedding = self.network.get_input_embeddings()
         hooks.append(embedding.register_forward_pre_hook(self._count_tokens))
         for product in self.products:
             if product.linear is not None:
@@ -226,12 +233,11 @@ def operation_rows(
     network: nn.Module, name: str, linears: list[dict[str, Any]], attention: AttentionCounts, tokens: int
 ) -> list[dict[str, Any]]:
     """Operations per token by kind, of one network."""
-    head = network.get_output_embeddings()  # type: ignore[operator]
-    head_path = next((path for path, module in network.named_modules() if module is head), None)
+    head = head_path(network)
     kinds = {"counts": "spike_fed", "events": "event_fed", "values": "float_fed"}
     rows: dict[str, dict[str, Any]] = {}
     for line in linears:
-        kind = "head" if line["path"] == head_path else kinds[line["fed_by"]]
+        kind = "head" if line["path"] == head else kinds[line["fed_by"]]
         row = rows.setdefault(kind, _operations(name, kind, 0.0))
         row["dense_macs"] += line["dense_macs"]
         row["macs"] += line["macs"]
@@ -248,16 +254,15 @@ def _operations(network: str, kind: str, macs: float | None) -> dict[str, Any]:
     return {"network": network, "kind": kind, "dense_macs": macs, "macs": macs, "acs": zero}
 
 
-def byte_rows(network: nn.Module, name: str, linears: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def byte_rows(network: Any, name: str, linears: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Bytes of weights that a token reads, by format: all of them, and the rows of inputs that are not zero."""
     group = getattr(network.config, "weight_group_size", None) or GROUP
-    head = network.get_output_embeddings()  # type: ignore[operator]
-    paths = {path for path, module in network.named_modules() if module is head}
+    head = head_path(network)
     rows = []
     for format in FORMATS:
         total = {"dense": 0.0, "event_driven": 0.0, "head": 0.0, "scales": 0.0}
         for line in linears:
-            layout = Table if line["path"] in paths else Rows
+            layout = Table if line["path"] == head else Rows
             data, scales = stored_bytes(layout, format, line["inputs"], line["outputs"], group)
             share = line["tokens_share"]
             # A head is laid out by word: a silent input saves none of it.
@@ -281,7 +286,7 @@ def states(model: nn.Module, attention: AttentionCounts, tokens: int) -> dict[st
         if not isinstance(module, Stateful) or isinstance(module, SoftmaxCore):
             continue
         fixed = [spec for spec in module.state_specs().values() if spec.dtype == torch.float32]
-        numbers = sum(torch.Size(spec.shape).numel() for spec in fixed)  # type: ignore[arg-type]
+        numbers = sum(prod(size for size in spec.shape if size is not None) for spec in fixed)
         if id(module) in sites:
             membranes += numbers
         else:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from spikelm.eval.data import TokenizedText, tokenize
+from spikelm.eval.data import TokenizedText
 from spikelm.eval.fidelity import run
 from spikelm.eval.parts import Part, Result, Subject
 from spikelm.eval.spike_counts import (
@@ -48,7 +48,7 @@ class Settings:
 
 def measure(subject: Subject, settings: Settings, bar: tqdm, earlier: dict[str, Result]) -> Result:
     """One pass of every network over the texts."""
-    texts = _cut(subject, settings)
+    texts = subject.cut(settings.tokens, settings.window)
     result: Result = {
         "texts": [{"name": text.name, "tokens": text.tokens} for text in texts],
         "tokens": sum(text.tokens for text in texts),
@@ -66,11 +66,7 @@ def measure(subject: Subject, settings: Settings, bar: tqdm, earlier: dict[str, 
 
 def cost(subject: Subject, settings: Settings) -> float:
     """Tokens of all forward passes."""
-    return len(subject.networks()) * sum(text.tokens for text in _cut(subject, settings))
-
-
-def _cut(subject: Subject, settings: Settings) -> list[TokenizedText]:
-    return [tokenize(text, subject.tokenizer, settings.tokens, settings.window) for text in subject.texts]
+    return len(subject.networks()) * sum(text.tokens for text in subject.cut(settings.tokens, settings.window))
 
 
 def _one(

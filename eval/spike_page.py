@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from spikelm.eval.parts import Result
-from spikelm.eval.plots import GREY, SITE_STYLES, plain
+from spikelm.eval.plots import BLUE, GREY, LIGHT, ORANGE, RED, SITE_STYLES, SKY, plain
 from spikelm.eval.tables import millions, number, percent, table
 
 Rows = list[dict[str, Any]]
@@ -257,12 +257,12 @@ def _counts(result: Result) -> Figure:
     left.set_ylabel("share of the inputs of a site (log scale)")
     left.set_title("Counts by site, all layers")
     layers = [row["layer"] for row in result["histograms_by_layer"]]
-    for low, high, colour in ((0, 0, "#bbbbbb"), (1, 1, "#56B4E9"), (2, 7, "#0072B2"), (8, 15, "#E69F00")):
+    for low, high, colour in ((0, 0, LIGHT), (1, 1, SKY), (2, 7, BLUE), (8, 15, ORANGE)):
         sizes = [_between(row["bins"], low, high) for row in result["histograms_by_layer"]]
         label = str(low) if low == high else f"{low} to {high}"
         right.plot(layers, sizes, color=colour, marker="o", markersize=3, label=label)
     rest = [1 - _between(row["bins"], 0, 15) for row in result["histograms_by_layer"]]
-    right.plot(layers, rest, color="#D55E00", marker="D", markersize=3, label="16 or more")
+    right.plot(layers, rest, color=RED, marker="D", markersize=3, label="16 or more")
     right.set_xlabel("layer")
     right.xaxis.get_major_locator().set_params(integer=True)
     right.yaxis.set_major_formatter(PercentFormatter(1.0))

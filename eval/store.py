@@ -23,12 +23,12 @@ class Store:
 
     Args:
         folder: where `NAME.json` of each part lies; None: nothing is kept.
-        subject: what is evaluated. extra: what a result depends on beside subject and settings.
+        subject: what is evaluated.
     """
 
-    def __init__(self, folder: Path | None, subject: Subject, extra: dict[str, Any]):
+    def __init__(self, folder: Path | None, subject: Subject):
         self.folder = folder
-        self._subject = _described(subject) | extra if folder is not None else {}
+        self._subject = _described(subject) if folder is not None else {}
 
     def read(self, part: Part, settings: Any, needed: dict[str, Any]) -> dict[str, Any] | None:
         """What was kept of a part that had come to an end; None if there is nothing.
@@ -63,9 +63,13 @@ class Store:
         write_whole(self.folder / f"{part.name}.json", text.encode())
 
     def _key(self, part: Part, settings: Any, needed: dict[str, Any]) -> str:
-        asked = {"part": part.name, "settings": dataclasses.asdict(settings), "needed": needed, **self._subject}
-        files = [Path(value) for value in asked["settings"].values() if isinstance(value, str) and value]
-        asked["files"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+        asked = {
+            "part": part.name,
+            "settings": dataclasses.asdict(settings),
+            "needed": needed,
+            "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in part.reads(settings) if file.is_file()],
+            **self._subject,
+        }
         return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -79,16 +83,20 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def _described(subject: Subject) -> dict[str, Any]:
-    networks = [subject.model] if subject.baseline is None else [subject.model, subject.baseline]
+    networks: list[Any] = [network for network, _ in subject.networks().values()]
     texts = [subject.calibration, *subject.texts]
     return {
         "version": spikelm.__version__,
-        "networks": [[network.config.to_dict(), weights_hash(network), str(_device(network))] for network in networks],
+        "networks": [
+            [
+                network.config.to_dict(),
+                weights_hash(network),
+                str(next(network.parameters()).device),
+                str(getattr(network, "prepared", None)),
+            ]
+            for network in networks
+        ],
         "texts": [[text.name, text.source, hashlib.sha256(text.content.encode()).hexdigest()] for text in texts],
         "tokenizer": hashlib.sha256(repr(sorted(subject.tokenizer.get_vocab().items())).encode()).hexdigest(),
         "execute": subject.execute,
     }
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device

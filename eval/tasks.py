@@ -8,6 +8,7 @@ docs/evaluation.md says how to write one.
 import importlib.util
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -270,9 +271,9 @@ def _values(samples: list[dict[str, Any]]) -> dict[tuple[str, str], dict[int, An
 
 
 def _number(results: dict[str, Any], metric: str, filtered: str) -> float | None:
-    value = results.get(f"{metric},{filtered}")
+    value: Any = results.get(f"{metric},{filtered}")
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
     except (TypeError, ValueError):
         return None
 
@@ -298,5 +299,6 @@ PART = Part(
     cost=cost,
     page=page,
     summary=summary,
+    reads=lambda settings: (file for folder in settings.include_path for file in sorted(Path(folder).rglob("*"))),
     lacks=_lacks,
 )

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 import torch
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
@@ -21,8 +20,9 @@ from spikelm.conversion.published import KINDS
 from spikelm.conversion.smollm import smollm2_gguf
 from spikelm.conversion.sources import quiet
 from spikelm.conversion.texts import evaluation_sample
+from spikelm.eval.bench_commands import bench
 from spikelm.eval.data import Text, read_texts
-from spikelm.eval.evaluate import PARTS, evaluate, failed
+from spikelm.eval.evaluate import PARTS, assigned, evaluate, failed
 from spikelm.inference.prepare import EVENTS, prepare_for_inference, set_events
 from spikelm.loading import load_model
 from spikelm.spiking import SpikeStatistics, execute_trains, spike_groups
@@ -332,28 +332,19 @@ def _settings(
     changes: tuple[str, ...],
 ) -> dict[str, dict[str, Any]]:
     """Options of `spikelm eval` as settings of parts."""
-    settings: dict[str, dict[str, Any]] = {}
-    given: dict[str, Any] = {
-        "quality.tokens": tokens,
-        "quality.window": window,
-        "quality.controls": None if controls else False,
-        "quality.curve": False if curve_tokens == 0 else None,
-        "quality.curve_tokens": curve_tokens or None,
-        "tasks.tasks": tuple(tasks.split(",")) if tasks else None,
-        "tasks.include_path": tuple(map(str, include_path)) or None,
+    settings = assigned(changes)
+    given: dict[tuple[str, str], Any] = {
+        ("quality", "tokens"): tokens,
+        ("quality", "window"): window,
+        ("quality", "controls"): None if controls else False,
+        ("quality", "curve"): False if curve_tokens == 0 else None,
+        ("quality", "curve_tokens"): curve_tokens or None,
+        ("tasks", "tasks"): tuple(tasks.split(",")) if tasks else None,
+        ("tasks", "include_path"): tuple(map(str, include_path)) or None,
     }
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals or name.count(".") != 1:
-            raise ValueError(f"--set {change} is not of the form PART.NAME=VALUE, as in --set quality.tokens=4096.")
-        try:
-            given[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"--set {change}: {value!r} is no YAML value; write numbers, words or [lists].") from None
-    for key, setting in given.items():
-        part, _, field = key.partition(".")
-        if setting is not None:
-            settings.setdefault(part, {})[field] = tuple(setting) if isinstance(setting, list) else setting
+    for (part, field), value in given.items():
+        if value is not None:
+            settings.setdefault(part, {})[field] = value
     return settings
 
 
@@ -373,68 +364,7 @@ def compare(reports: tuple[str, ...], out: Path | None) -> None:
         _say(f"Wrote {out / 'compare.md'} and {out / 'compare.html'}.")
 
 
-@app.group()
-def bench() -> None:
-    """Measure speed, side by side in one run."""
-
-
-@bench.command("kernels")
-@click.option("--op", "ops", multiple=True, help="An operator; may be repeated.  [default: all]")
-@click.option("--length", "lengths", type=click.IntRange(min=1), multiple=True, default=(512, 2048), show_default=True)
-@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--heads", type=click.IntRange(min=1), default=9, show_default=True)
-@click.option("--width", type=click.IntRange(min=1), default=64, show_default=True, help="Channels of a head.")
-@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True)
-@click.option("--reference-limit", default=2048, show_default=True, help="Longest text that the definitions run on.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-@click.option("--device", help="cpu or cuda.  [default: cuda if there is one]")
-@click.option("--out", "output", type=click.Path(path_type=Path), help="JSON file.")
-def bench_kernels(ops: tuple[str, ...], **choices: Any) -> None:
-    """Every operator beside its definition and, where installed, beside the kernels that people use today."""
-    from spikelm.eval.bench_kernels import run  # draws in every kernel: not for the other commands
-
-    run(ops=list(ops) or None, **choices)
-
-
-@bench.command("decode")
-@click.argument("model", required=False)
-@click.option("--baseline", help="The dense model it came from: a folder, hub id or .gguf file.")
-@click.option("--shape", type=click.Choice(["1b"]), help="Instead of MODEL: random weights, four layers of this size.")
-@click.option(
-    "--weights",
-    type=click.Choice(PACKED_WEIGHTS),
-    multiple=True,
-    default=("fp32", "int8", "int4"),
-    show_default=True,
-    help="Formats, one after the other.",
-)
-@click.option("--batch", "batches", type=click.IntRange(1, 8), multiple=True, default=(1, 2, 4, 8), show_default=True)
-@click.option(
-    "--context",
-    "contexts",
-    type=click.IntRange(min=1),
-    multiple=True,
-    default=(128, 512, 2048, 8000),
-    show_default=True,
-    help="Tokens in front of those that are timed.",
-)
-@click.option("--steps", type=click.IntRange(min=4), default=48, show_default=True, help="Tokens timed at every point.")
-@click.option("--curve/--no-curve", default=True, show_default=True, help="Speed against the share of silent inputs.")
-@click.option("--quick", is_flag=True, help="Few points: batches 1 and 4, contexts 128 and 512, 16 tokens of each.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("bench_decode"), show_default=True)
-def bench_decode(model: str | None, quick: bool, out: Path, **choices: Any) -> None:
-    """Tokens per second of MODEL with and without events, beside its dense source; where the time goes.
-
-    The source also runs in llama.cpp if it is a .gguf file and the package llama-cpp-python is installed.
-    """
-    from spikelm.eval.bench_decode import run
-
-    if quick:
-        choices |= {"batches": (1, 4), "contexts": (128, 512), "steps": 16}
-    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in choices.items()}
-    run(model, quick=quick, out=out, **listed)
-    print((out / "decode.md").read_text(encoding="utf-8"))
-    _say(f"Wrote {out / 'decode.json'}, {out / 'decode.md'}, {out / 'decode.png'}.")
+app.add_command(bench)
 
 
 def _generate(

@@ -229,8 +229,9 @@ class SpikeLMModel(SpikeLMPreTrainedModel):
 
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is attention_mask is position_ids is None and _goes_on(x, cache):
-            context, position_ids = ForwardContext.next_token(cache)  # type: ignore[arg-type]
+        simple = cu_seqlens is None and attention_mask is None and position_ids is None
+        if simple and cache is not None and _goes_on(x, cache):
+            context, position_ids = ForwardContext.next_token(cache)
         else:
             restarts = None if cu_seqlens is None else _restarts(cu_seqlens, x)
             if position_ids is None:
@@ -378,11 +379,10 @@ def _checked_cache(cache: Any, past_key_values: Any = None) -> SpikeCache | None
     )
 
 
-def _goes_on(x: Tensor, cache: SpikeCache | None) -> bool:
+def _goes_on(x: Tensor, cache: SpikeCache) -> bool:
     """Whether `x` `[B, 1, hidden]` is the next token of texts without padding or document boundaries so far."""
     return (
-        cache is not None
-        and cache.plain
+        cache.plain
         and x.shape[1] == 1
         and "position" in cache.shared.states
         and cache.shared.states["position"].shape[0] == x.shape[0]

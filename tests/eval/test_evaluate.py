@@ -6,17 +6,18 @@ import matplotlib
 import pytest
 import torch
 
+from report_keys import documented_keys, written_keys
 from small_models import SITES, small_model
 from spikelm.eval import report as report_module
 from spikelm.eval.data import Text, tokenize
-from spikelm.eval.evaluate import evaluate
+from spikelm.eval.evaluate import PARTS, evaluate
+from spikelm.eval.fidelity import combine
 from spikelm.eval.files import write_whole
 from spikelm.eval.quality import SPIKES
 from spikelm.eval.report import write_report
 from spikelm.eval.rows import curve_windows
 from spikelm.spiking import spike_groups
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "report.md"
 QUALITY = {"tokens": 60, "window": 24, "curve_tokens": 40}
 SMALL = {"settings": {"quality": QUALITY}, "progress": False}
 BARE = SMALL | {"settings": {"quality": QUALITY | {"controls": False, "curve": False}}}
@@ -40,33 +41,15 @@ def evaluated(tmp_path_factory, make_tokenizer, make_pair):
     return report, out, model
 
 
-def keys(value, path=""):
-    """Every key of a report as it is written in the document: `rows[].name`, `perplexity.model`."""
-    if isinstance(value, dict) and not path.endswith("settings"):
-        return set().union(*(keys(inner, f"{path}.{name}" if path else name) for name, inner in value.items()))
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return set().union(*(keys(inner, f"{path}[]") for inner in value))
-    return {path}
-
-
 def test_the_documented_keys_are_the_written_keys(evaluated):
     _, out, _ = evaluated
-    written = keys(json.loads((out / "report.json").read_text()))
-    documented = set(re.findall(r"^\| `([^`]+)` \|", DOCUMENT.read_text(), re.M))
+    written = written_keys(json.loads((out / "report.json").read_text()))
+    documented = documented_keys()
     # A part that was not asked for is null; its keys are tested with it.
     parts = {key: re.split(r"[.\[]", key)[0] for key in documented}
-    documented = {parts[key] if parts[key] in report_module.KEYS else key for key in documented}
+    documented = {parts[key] if parts[key] in PARTS else key for key in documented}
     # A text repeats the headline, the spikes and the rows.
-    quality = (
-        "perplexity_ratio",
-        "perplexity_ratio_error",
-        "top1_agreement",
-        "top5_agreement",
-        "kl_nats",
-        "nll_nats",
-        "perplexity",
-    )
-    per_text = (*quality, "bits_per_byte", *SPIKES, "rows[]")
+    per_text = (*combine([]), *SPIKES, "rows[]")
     repeated = {f"texts[].{key}" for key in documented if key.split(".")[0] in per_text}
     assert written == documented | repeated
 

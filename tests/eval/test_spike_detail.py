@@ -1,14 +1,13 @@
 """The part `spikes`: every number against a computation of a few lines."""
 
 import json
-import re
-from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
 from tqdm import tqdm
 
+from report_keys import documented_keys, written_keys
 from small_models import EVERY_SITE, PATTERNS, SITES, small_model
 from spikelm import prepare_for_inference
 from spikelm.eval import spike_detail
@@ -19,7 +18,6 @@ from spikelm.eval.spike_counts import ProductCounts, linear_rows, watched_channe
 from spikelm.kernels.weight_rows import FORMATS, Rows, Table, pack_rows, pack_table, stored_bytes
 from spikelm.spiking import SpikeStatistics, spike_groups
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "report.md"
 SMALL = spike_detail.Settings(tokens=40, window=20)
 
 
@@ -27,14 +25,6 @@ def measured(model, tokenizer, prose, baseline=None, settings=SMALL):
     subject = Subject(model, baseline, tokenizer, [prose], prose)
     with torch.no_grad():
         return spike_detail.measure(subject, settings, tqdm(disable=True), {})
-
-
-def keys(value, path=""):
-    if isinstance(value, dict):
-        return set().union(*(keys(inner, f"{path}.{name}") for name, inner in value.items()))
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return set().union(*(keys(inner, f"{path}[]") for inner in value))
-    return {path}
 
 
 @torch.no_grad()
@@ -51,8 +41,8 @@ def recorded(model, run):
 
 def test_the_documented_keys_are_the_written_keys(make_pair, tokenizer, prose):
     model, baseline = make_pair(num_hidden_layers=1)
-    written = keys(json.loads(json.dumps(measured(model, tokenizer, prose, baseline))), "spikes")
-    assert written == set(re.findall(r"^\| `(spikes[.\[][^`]+)` \|", DOCUMENT.read_text(), re.M))
+    written = written_keys(json.loads(json.dumps(measured(model, tokenizer, prose, baseline))), "spikes")
+    assert written == documented_keys("spikes")
 
 
 def test_positions_histograms_and_channels_by_hand(make_pair, tokenizer, prose):

@@ -6,11 +6,13 @@ import json
 import pytest
 import torch
 
+import spikelm
 from spikelm.eval import evaluate as module
 from spikelm.eval.compare_reports import column_names, compare_reports, read_report
-from spikelm.eval.evaluate import evaluate, failed
+from spikelm.eval.evaluate import assigned, evaluate, failed
 from spikelm.eval.parts import Part
 from spikelm.eval.store import weights_hash
+from spikelm.inference.prepare import set_events
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +132,43 @@ def test_whatever_a_number_depends_on_makes_it_new(parts, go, prose, make_pair):
     before = len(ran)
     go(model=other)
     assert ran[before:] == ["spikes", "speed", "robustness"]
+
+
+def test_a_part_made_from_another_or_from_a_file_follows_it(parts, go, tmp_path, monkeypatch):
+    _, broken = parts
+    broken["speed"] = False
+    file = tmp_path / "constants.yaml"
+    file.write_text("1")
+    made = dataclasses.replace(module.PARTS["robustness"], needs=("spikes",), reads=lambda settings: [file])
+    made = dataclasses.replace(made, run=lambda s, setting, bar, earlier: {"number": earlier["spikes"]["number"]})
+    monkeypatch.setitem(module.PARTS, "robustness", made)
+    assert go()["robustness"] == {"number": 4}
+    assert go(settings={"spikes": {"size": 9}})["robustness"] == {"number": 9}
+    monkeypatch.setitem(module.PARTS, "robustness", dataclasses.replace(made, run=lambda *_: {"number": 1}))
+    assert go(settings={"spikes": {"size": 9}})["robustness"] == {"number": 9}  # kept
+    file.write_text("2")
+    assert go(settings={"spikes": {"size": 9}})["robustness"] == {"number": 1}
+
+
+def test_whether_events_are_skipped_makes_it_new(parts, go):
+    ran, _ = parts
+    spikelm.prepare_for_inference(go.model, "fp32", "always")
+    go()
+    set_events(go.model, "never")
+    before = len(ran)
+    go()
+    assert "spikes" in ran[before:]
+
+
+def test_settings_are_read_from_text():
+    assert assigned(["quality.tokens=5", "tasks.tasks=[a, b]", "energy.constants=null"]) == {
+        "quality": {"tokens": 5},
+        "tasks": {"tasks": ("a", "b")},
+        "energy": {"constants": None},
+    }
+    for wrong in ("tokens=5", "quality.tokens", "a.b.c=1"):
+        with pytest.raises(ValueError, match="is not of the form"):
+            assigned([wrong])
 
 
 def test_a_damaged_file_is_measured_again(parts, go, tmp_path):

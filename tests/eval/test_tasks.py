@@ -12,6 +12,7 @@ import datasets
 import pytest
 import torch
 
+from report_keys import documented_keys, written_keys
 from small_models import SITES, small_model
 from spikelm.conversion.texts import calibration_sample
 from spikelm.eval import bundled_tasks, harness, tasks
@@ -241,15 +242,7 @@ def test_the_documented_keys_are_the_written_keys_and_the_page_shows_them(both, 
     shown = capfd.readouterr()
     assert shown.out == shown.err == ""  # the harness itself prints a page
 
-    def keys(value, path):
-        if isinstance(value, dict):
-            return set().union(*(keys(inner, f"{path}.{name}") for name, inner in value.items()))
-        if isinstance(value, list):
-            return set().union(*(keys(inner, f"{path}[]") for inner in value))
-        return {path}
-
-    document = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
-    assert keys(report["tasks"], "tasks") == set(re.findall(r"^\| `(tasks\.[^`]+)` \|", document, re.M))
+    assert written_keys(report["tasks"], "tasks") == documented_keys("tasks")
     page = (out / "report.md").read_text(encoding="utf-8")
     for task in BUNDLED:
         assert f"| {task} | 2 of " in page
